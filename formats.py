@@ -1,0 +1,416 @@
+"""Files and hub data sets → sentences with IOB2 tags.
+
+The format is recognised from the file, never declared. A file is read whole: its lines repeat so much (`的 O`) that
+each distinct line is parsed once and then looked up, which reads two million characters in about a second.
+A new format is one function that yields (characters, tags, line) and one line in FORMATS.
+"""
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import UserError
+
+SCHEMES = {"BIO": "BI", "BIOES": "BIES", "BMES": "BMES", "BILOU": "BILU"}  # the prefixes beside O; all become IOB2
+STARTS, CLOSES = "BSU", "SUEL"  # prefixes that always start an entity; prefixes after which none is open
+FORM = "expected a character and its tag on each line, such as '北 B-LOC' (see data/README.md)"
+Raw = Iterator[tuple[list[str], list[str], int]]  # characters, tags as they are in the file, first line (from 1)
+
+
+@dataclass(slots=True)
+class Sentence:
+    """One block of a file: n characters (or words), their n IOB2 tags, and the line of the first (from 1)."""
+
+    chars: list[str]
+    tags: list[str]
+    line: int
+
+
+@dataclass
+class Corpus:
+    """The sentences of one file and what was found out while reading it."""
+
+    path: str
+    sentences: list[Sentence]
+    scheme: str  # "BIO", "IOB1", "BIOES", "BMES", "BILOU", or "offsets" for JSON lines
+    repairs: int = 0  # orphan tags that were made to start an entity
+    unit: str = "character"  # "word" when tokens of several characters are common
+    skipped: int = 0  # entities dropped because they overlap another, which tags cannot express
+    repair_line: int = 0  # where the first of the repairs stands
+    line_a_char: bool = True  # False where a line holds a whole sentence
+
+    @property
+    def characters(self) -> int:
+        return sum(len(sentence.chars) for sentence in self.sentences)
+
+    def entities(self) -> Counter:
+        """How many entities there are of each type."""
+        return Counter(tag[2:] for sentence in self.sentences for tag in sentence.tags if tag[0] == "B")
+
+    def describe(self) -> str:
+        """One log line: what was recognised, and the counts."""
+        types = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.entities().items())) or "none"
+        return (f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, "
+                f"scheme {self.scheme}, entities: {types}, {self.repairs:,} repairs")
+
+    def warnings(self) -> list[str]:
+        """What in this file was not as it should be, a line each."""
+        found = []
+        if self.repairs:
+            found.append(f"{self.path}:{self.repair_line}: first of {self.repairs:,} orphan tags (an I-, M-, E- or L- "
+                         "without the beginning of its entity): each was made to start an entity")
+        if self.skipped:
+            found.append(f"{self.path}: {self.skipped:,} entities dropped, because they overlap a longer or earlier one")
+        if not any(self.entities()):
+            found.append(f"{self.path}: no entity in the whole file")
+        return found
+
+
+def read(path: str, split: str = "train") -> Corpus:
+    """Reads a corpus of any known format from a file, or `hub:NAME[:CONFIG][@SPLIT]` through the datasets library.
+
+    `split` (train, dev or test) picks the part of a hub data set whose name gives none; a file has no parts.
+    Raises UserError with file and line where the content cannot be used.
+    """
+    path = str(path)
+    if path.startswith("hub:"):
+        return _hub(path, split)
+    text = decode(path)
+    head = next((line for line in io.StringIO(text, newline="\n") if line.strip()), None)
+    if head is None:
+        raise UserError(f"{path}:1: the file is empty; {FORM}")
+    return next(reader for fits, reader in FORMATS if fits(head.strip(), Path(path).suffix.lower()))(path, text)
+
+
+def decode(path: str) -> str:
+    """The text of a file in UTF-8 (with or without BOM), GB18030, or UTF-16 with BOM. Raises UserError otherwise."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of a tagged file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        try:
+            if wide or _mostly_utf8(data):  # a damaged file: as GB18030 it may decode to nonsense without an error
+                raise error
+            text = data.decode("gb18030")
+        except UnicodeDecodeError as last:
+            worst = max(error, last, key=lambda e: e.start)
+            line = data.count(b"\n", 0, worst.start) + 1
+            raise UserError(f"{path}:{line}: byte 0x{data[worst.start]:02x} fits neither UTF-8 nor GB18030; "
+                            "save the file as UTF-8") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{line}: a NUL character: this is not a text file; save it as UTF-8 text")
+    return text if "\n" in text else text.replace("\r", "\n")
+
+
+def _mostly_utf8(data: bytes) -> bool:
+    text = data.decode("utf-8", "replace")
+    bad = text.count("\ufffd")
+    return bad < sum(not char.isascii() for char in text) - bad
+
+
+def _columns(path: str, text: str) -> Corpus:
+    """`character tag` lines, and CoNLL lines of more columns, of which the first and the last count."""
+    return _finish(path, _column_lines(path, text))
+
+
+def _fields(line: str) -> list[str]:
+    """The columns of a line. Only space and tab part them; a line such as '  O' holds a space character."""
+    parts = [part for part in line.rstrip("\r\n").replace("\t", " ").split(" ") if part]
+    if len(parts) == 1 and line[0] in " \t" and line[1] in " \t":
+        return [line[0], parts[0]]
+    return parts
+
+
+def _column_lines(path: str, text: str) -> Raw:
+    counts = Counter()
+    for line in io.StringIO(text, newline="\n"):
+        if line.strip():
+            counts[len(_fields(line))] += 1
+            if counts.total() == 1000:
+                break
+    columns = max(counts, key=lambda n: (counts[n], n == 2))
+    if columns == 1 or counts[columns] * 2 < counts.total():  # no table at all: measured as the plainest one
+        columns = 2
+
+    known: dict[str, tuple[str, str] | None] = {}  # line as it stands → token and tag; None for a line that ends a block
+    chars, tags, start = [], [], 0
+    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+        try:
+            pair = known[line]
+        except KeyError:
+            pair = known[line] = _parse(path, number, line, columns)
+        if pair:
+            if not chars:
+                start = number
+            chars.append(pair[0])
+            tags.append(pair[1])
+        elif chars:
+            yield chars, tags, start
+            chars, tags = [], []
+    if chars:
+        yield chars, tags, start
+
+
+def _parse(path: str, number: int, line: str, columns: int) -> tuple[str, str] | None:
+    if not line.strip():
+        return None
+    fields = _fields(line)
+    if columns > 2 and (fields[0] == "-DOCSTART-" or fields[0] == "#" and not _is_tag(fields[-1])):
+        return None  # CoNLL's document mark, and a comment
+    if len(fields) != columns:
+        raise UserError(f"{path}:{number}: {len(fields)} field{'s' * (len(fields) > 1)} where the file has {columns}: "
+                        f"{_quote(line)}; {FORM}")
+    if not _is_tag(fields[-1]):
+        hint = "did you mean the letter O? " if fields[-1] in ("0", "o") else ""
+        raise UserError(f"{path}:{number}: {_quote(fields[-1])} is no tag; {hint}expected O, or a prefix of BIO, BIOES, "
+                        "BMES or BILOU, a hyphen and a type, such as B-PER")
+    return fields[0], fields[-1]
+
+
+def _is_tag(tag: str) -> bool:
+    return tag == "O" or len(tag) > 2 and tag[0] in "BIESMLU" and tag[1] == "-"
+
+
+def _quote(text: str) -> str:
+    text = text.rstrip("\r\n")
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _finish(path: str, sentences: Raw, line_a_char: bool = True) -> Corpus:
+    """Recognises the scheme, turns every tag into IOB2, and counts what had to be repaired."""
+    steps = _Steps()
+    corpus = Corpus(path, [], "BIO", line_a_char=line_a_char)
+    orphans = loose = words = 0
+    raw = list(sentences)
+    for chars, tags, line in raw:
+        if tags.count("O") < len(tags):
+            open_type, converted = None, []
+            for index, tag in enumerate(tags):
+                tag, open_type, orphan, free = steps[open_type, tag]
+                converted.append(tag)
+                if orphan or free:
+                    orphans += orphan
+                    loose += free
+                    corpus.repair_line = corpus.repair_line or orphan and line + index * line_a_char
+        else:
+            converted = tags
+        words += sum(map(len, chars)) > len(chars) and sum(len(char) > 1 for char in chars)
+        corpus.sentences.append(Sentence(chars, converted, line))
+    if not raw:
+        raise UserError(f"{path}:1: no sentence in it; {FORM}")
+
+    seen = {tag[0] for _, tag in steps} - {"O"}
+    fitting = [scheme for scheme, prefixes in SCHEMES.items() if seen <= set(prefixes)]
+    if not fitting:
+        raise UserError(_mixture(path, raw, line_a_char))
+    corpus.scheme = fitting[0]
+    corpus.repairs = orphans
+    # In IOB1 an entity starts with I; B only parts it from a neighbour of its type, so hardly any B stands by itself.
+    if corpus.scheme == "BIO" and orphans > 20 * loose:
+        corpus.scheme, corpus.repairs, corpus.repair_line = "IOB1", 0, 0
+    corpus.unit = "word" if words > 0.2 * corpus.characters else "character"
+    return corpus
+
+
+class _Steps(dict):
+    """(type of the open entity or None, tag) → (IOB2 tag, open type after it, is it an orphan, is it a free B)."""
+
+    def __missing__(self, key):
+        open_type, tag = key
+        if tag == "O":
+            step = "O", None, False, False
+        else:
+            prefix, kind = tag[0], tag[2:]
+            fresh = prefix in STARTS or kind != open_type
+            step = (("B-" if fresh else "I-") + kind, None if prefix in CLOSES else kind,
+                    fresh and prefix not in STARTS, prefix == "B" and kind != open_type)
+        self[key] = step
+        return step
+
+
+def _mixture(path: str, raw: list, line_a_char: bool) -> str:
+    """Names the first line with the rarest prefix of a file whose prefixes belong to no one scheme."""
+    counts = Counter(tag[0] for _, tags, _ in raw for tag in tags)
+    rarest = min(counts, key=counts.get)
+    line, tag = next((line + index * line_a_char, tag) for _, tags, line in raw
+                     for index, tag in enumerate(tags) if tag[0] == rarest)
+    return (f"{path}:{line}: {_quote(tag)} does not belong with the other tags, whose prefixes are "
+            f"{', '.join(sorted(counts.keys() - rarest))}; expected those of one scheme: BIO, BIOES, BMES or BILOU")
+
+
+def spans(tags: list[str]) -> list[tuple[str, int, int]]:
+    """The entities of IOB2 tags as (type, start, end), half-open; an orphan I starts one."""
+    found, kind, start = [], None, 0
+    for index, tag in enumerate(tags):
+        if kind is not None and tag != "I-" + kind:
+            found.append((kind, start, index))
+            kind = None
+        if kind is None and tag != "O":
+            kind, start = tag[2:], index
+    if kind is not None:
+        found.append((kind, start, len(tags)))
+    return found
+
+
+def _json_lines(path: str, text: str) -> Corpus:
+    """A JSON object a line with a text and its entities: CLUENER, doccano, Label Studio, or what predict.py writes."""
+    sentences, skipped = [], 0
+    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not a JSON object ({_short(error)}); expected one on each line, such as "
+                            '{"text": "…", "label": [[0, 3, "PER"]]}') from None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise UserError(f'{where}: no "text" in {_quote(line)}; expected {{"text": "…", "label": …}}')
+        chars = list(record["text"])
+        if any("\ud800" <= char <= "\udfff" for char in chars):
+            raise UserError(f"{where}: half a surrogate pair in the text; write the character itself or both halves")
+        tags, dropped = _paint(chars, _entities(where, record))
+        skipped += dropped
+        if chars:
+            sentences.append((chars, tags, number))
+    corpus = _finish(path, sentences, line_a_char=False)
+    corpus.scheme, corpus.unit, corpus.skipped = "offsets", "character", skipped
+    return corpus
+
+
+def _entities(where: str, record: dict) -> Iterator[tuple[int, int, str]]:
+    """The (start, end, type) of one JSON line, half-open, checked against its text."""
+    text = record["text"]
+    key = next((key for key in ("label", "labels", "entities") if key in record), None)
+    listed = record.get(key)
+    if isinstance(listed, dict):  # CLUENER: {type: {entity: [[start, end]]}}, ends inclusive
+        try:
+            listed = [(start, end + 1, kind, name) for kind, names in listed.items()
+                      for name, places in names.items() for start, end in places]
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f'{where}: {_quote(json.dumps(listed, ensure_ascii=False))} is not CLUENER\'s '
+                            '{type: {entity: [[start, end]]}}') from None
+    elif not isinstance(listed, list):
+        raise UserError(f'{where}: no "label" beside the text; expected a list of [start, end, type], empty where '
+                        "there is no entity")
+    for entity in listed:
+        if isinstance(entity, dict):
+            kind = next((entity[k] for k in ("type", "label", "labels") if k in entity), None)
+            kind = kind[0] if isinstance(kind, list) and kind else kind
+            entity = [next((entity[k] for k in keys if k in entity), None)
+                      for keys in (("start", "start_offset"), ("end", "end_offset"))] + [kind]
+        start, end, kind, *name = entity if isinstance(entity, (list, tuple)) and len(entity) > 2 else (None,) * 3
+        if type(start) is not int or type(end) is not int or not isinstance(kind, str) or not kind.strip():
+            raise UserError(f"{where}: {_quote(str(entity))} is no entity; expected [start, end, type]")
+        if not 0 <= start < end <= len(text):
+            raise UserError(f"{where}: entity {_quote(str(entity))} lies outside its text of {len(text)} characters, "
+                            "or is empty")
+        if name and text[start:end] != name[0]:
+            raise UserError(f"{where}: the text at {start} to {end - 1} is {_quote(text[start:end])}, not "
+                            f"{_quote(str(name[0]))}; CLUENER's ends are inclusive")
+        yield start, end, "_".join(kind.split())  # a tag holds no white space
+
+
+def _paint(chars: list[str], entities: Iterator[tuple[int, int, str]]) -> tuple[list[str], int]:
+    """IOB2 tags for the entities, longest first, and the number of those left out because they overlap one."""
+    tags, taken, dropped = ["O"] * len(chars), bytearray(len(chars)), 0
+    for start, end, kind in sorted(entities, key=lambda entity: (entity[0] - entity[1], entity[0])):
+        if taken.find(1, start, end) >= 0:
+            dropped += 1
+            continue
+        taken[start:end] = b"\1" * (end - start)
+        tags[start:end] = ["B-" + kind] + ["I-" + kind] * (end - start - 1)
+    return tags, dropped
+
+
+def _hub(path: str, split: str) -> Corpus:
+    """A data set of the hub, or one saved in a local folder: tokens beside tags, as names or as numbers with names."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{path}: hub data sets need the datasets library: pip install datasets") from None
+    name, _, part = path.removeprefix("hub:").partition("@")
+    name, _, subset = name.partition(":")
+    try:
+        try:
+            load = datasets.load_from_disk if os.path.exists(f"{name}/dataset_dict.json") else datasets.load_dataset
+            found = load(name, *filter(None, [subset]))
+        except RuntimeError as error:
+            if "script" not in str(error):
+                raise
+            # The data set comes as a Python program, which is not run here; the hub keeps a converted copy.
+            found = datasets.load_dataset(name, subset or None, revision="refs/convert/parquet")
+    except Exception as error:  # the library raises whatever lies below it: network, parser, disk
+        raise UserError(f"{path}: the datasets library cannot load {name!r} ({_short(error)}); check the name, set "
+                        "HF_ENDPOINT to a mirror, or give a local folder after hub:") from None
+    splits = {"train": ["train"], "dev": ["validation", "dev", "valid"], "test": ["test"]}
+    wanted = [part] if part else splits.get(split, [split])
+    part = next((choice for choice in wanted if choice in found), None)
+    if part is None:
+        raise UserError(f"{path}: has no split {' or '.join(wanted)}, but {', '.join(found)}; name one after @")
+    rows = found[part]
+    tokens = next((column for column in ("tokens", "words") if column in rows.column_names), None)
+    column = next((column for column in ("ner_tags", "tags", "labels") if column in rows.column_names), None)
+    if not tokens or not column:
+        raise UserError(f"{path}: has the columns {', '.join(rows.column_names)}; expected tokens and ner_tags or tags")
+    names = _tag_names(name, rows.features[column])
+    return _finish(path, _hub_rows(path, rows, tokens, column, names), line_a_char=False)
+
+
+def _hub_rows(path: str, rows, tokens: str, column: str, names) -> Raw:
+    for number, row in enumerate(rows, 1):
+        chars, tags = row[tokens], row[column]
+        if len(chars) != len(tags):
+            raise UserError(f"{path}:{number}: {len(chars)} tokens but {len(tags)} tags")
+        try:
+            tags = [tag if isinstance(tag, str) else names[tag] for tag in tags]
+        except (TypeError, LookupError):
+            raise UserError(f"{path}:{number}: the tags are numbers without names; expected a ClassLabel column, or a "
+                            "label.json beside the data") from None
+        bad = next((tag for tag in tags if not _is_tag(tag)), None)
+        if bad is not None:
+            raise UserError(f"{path}:{number}: {_quote(bad)} is no tag; expected O, or a prefix such as B-, and a type")
+        if chars:
+            yield chars, tags, number
+
+
+def _tag_names(name: str, feature) -> dict[int, str] | list[str] | None:
+    """The names of numbered tags: from the column itself, or from the label.json that some data sets keep beside."""
+    inner = getattr(feature, "feature", feature)
+    if getattr(inner, "names", None) or getattr(inner, "dtype", None) == "string":
+        return getattr(inner, "names", None)
+    for place in ("label.json", "dataset/label.json"):
+        try:
+            if os.path.isdir(name):
+                file = os.path.join(name, place)
+            else:
+                from huggingface_hub import hf_hub_download
+                file = hf_hub_download(name, place, repo_type="dataset")
+            with open(file, encoding="utf-8") as opened:
+                return {number: tag for tag, number in json.load(opened).items()}
+        except Exception:  # absent here, or no such file at the hub: the next place, then _hub_rows says what lacks
+            continue
+    return None
+
+
+def _short(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+# recognises(first line that is not blank, suffix of the file) → the function that reads it; the last takes the rest
+FORMATS = [
+    (lambda head, suffix: suffix in (".json", ".jsonl") or head[0] == "{" and head[-1] == "}" and '"' in head,
+     _json_lines),
+    (lambda head, suffix: True, _columns),
+]
