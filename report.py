@@ -77,23 +77,23 @@ def pairs(gold: list[tuple], predicted: list[tuple]) -> list[tuple]:
     return sorted(matched, key=lambda m: (m[1] or m[2])[1:])
 
 
-def segments(units: list[str], entities: list[tuple], joint: str = "") -> list[tuple]:
+def segments(units, entities: list[tuple], joint: str = "", whole: bool = False) -> list[tuple]:
     """Cuts a sentence into (text, type or None, kind or None) for the template's marks.
 
     entities: (type, start, end, kind), sorted, not overlapping, in units. joint: what stands between two units ("" or
-    " "). Long stretches without entities lose their middle, and a sentence with very many entities its end.
+    " "). Unless `whole`, long stretches without entities lose their middle, a sentence with very many entities its end.
     """
-    parts, at, shown = [], 0, entities[:MANY]
+    parts, at, shown = [], 0, entities if whole else entities[:MANY]
     for name, start, end, kind in [*shown, (None, len(units), len(units), None)]:
         text = joint.join(units[at:start])
-        if len(text) > LONG:
+        if len(text) > LONG and not whole:
             text = f"{text[:LONG // 2]} … {text[-(LONG // 2):]}"
         if text:
             parts.append((visible(joint * (at > 0) + text + joint * (name is not None)), None, None))
         if name is not None:
             parts.append((visible(joint.join(units[start:end])), name, kind))
         at = end
-    if len(entities) > MANY:
+    if len(entities) > len(shown):
         parts.append((f" … and {len(entities) - MANY} more entities", None, None))
     return parts
 
@@ -122,7 +122,8 @@ def write(run: Path) -> Path:
                                          ("macro", lambda line: _f1(line, "macro"))])) if chart],
         "epochs": epochs, "errors": errors, "kinds": KINDS, "worst_limit": WORST,
         "hues": hues([*(scores or {"types": {}})["types"], *(errors["types"] if errors else ())]),
-        "config": "\n".join(visible(line) for line in _text(run / "config.yaml").splitlines()), "environment": _flat(environment or {}),
+        "config": "\n".join(visible(line) for line in _text(run / "config.yaml").splitlines()),
+        "environment": _flat(environment or {}),
         "warnings": _warnings(run / "train.log"),
     }
     return _replace(run / "report.html", str(templates().report(page)).lstrip())
