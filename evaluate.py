@@ -1,0 +1,112 @@
+"""Gold tags and predicted tags in, scores out; as a command, the scores of a saved run.
+
+Nothing heavy is imported up here and importing does nothing, so that a package which looks for the library of the
+same name finds a harmless module.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from errors import UserError, command
+
+NUMBERS = ("precision", "recall", "f1", "support")
+
+
+def score(gold: list[list[str]], predicted: list[list[str]]) -> dict:
+    """Strict IOB2 scores by seqeval of sentences' tags: an entity counts when type, start and end are right.
+
+    Returns {"micro": {"precision", "recall", "f1", "support"}, "macro": {…}, "weighted": {…}, "types": {type: {…}},
+    "accuracy"}: numbers between 0 and 1, supports in gold entities, types sorted. Raises ValueError on other lengths.
+    """
+    from seqeval.metrics.v1 import classification_report
+    from seqeval.scheme import IOB2
+
+    if [len(tags) for tags in gold] != [len(tags) for tags in predicted]:
+        raise ValueError("gold and predicted tags differ in number")
+    pairs = [pair for tags in zip(gold, predicted) for pair in zip(*tags)]
+    accuracy = sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
+    none = dict.fromkeys(NUMBERS[:3], 0.0) | {"support": 0}
+    if not any(tag.startswith("B-") for pair in pairs for tag in pair):  # seqeval divides by their number
+        return {"micro": none, "macro": dict(none), "weighted": dict(none), "types": {}, "accuracy": accuracy}
+    report = classification_report(gold, predicted, scheme=IOB2, output_dict=True, zero_division=0)
+    plain = {
+        name: {number: float(row["f1-score" if number == "f1" else number]) for number in NUMBERS[:3]}
+        | {"support": int(row["support"])}
+        for name, row in report.items()
+    }  # fmt: skip
+    averages = {name: plain.pop(f"{name} avg") for name in ("micro", "macro", "weighted")}
+    return averages | {"types": plain, "accuracy": accuracy}
+
+
+def newest_run(output: str | Path = "output") -> Path:
+    """The newest finished run under `output` (where it is not here, beside this file), or the newest with a model.
+
+    Raises UserError where there is none.
+    """
+    folder = Path(output) if Path(output).is_dir() else Path(__file__).resolve().parent / output
+    for marks in (("test.json", "finished.json"), ("model/ner.json",)):
+        runs = {path.parents[mark.count("/")]: path.stat().st_mtime_ns for mark in marks for path in folder.glob(f"*/{mark}")
+                if (path.parents[mark.count("/")] / "model").is_dir()}  # fmt: skip
+        if runs:
+            return max(runs, key=lambda run: (runs[run], run.name))
+    raise UserError(f"{folder}: holds no finished run; train one with `python main.py`, or name one with --run")
+
+
+def table(scores: dict) -> str:
+    """The scores as an aligned text table, a line a type and a line an average."""
+    rows = list(scores["types"].items()) + [(name, scores[name]) for name in ("micro", "macro", "weighted")]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'':{width}}  precision    recall        F1   support"]
+    for name, row in rows:
+        lines.append(f"{name:{width}}" + "".join(f"  {row[key]:8.6f}" for key in NUMBERS[:3]) + f"  {row['support']:8d}")
+    return "\n".join(lines + [f"accuracy of the tags: {scores['accuracy']:.6f}"])
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Scores a saved run: strict entities by type, micro, macro, weighted.")
+    parser.add_argument("--run", help="the run's folder (default: the newest finished one under output/)")
+    parser.add_argument("--data", help="a labelled file or hub:NAME (default: the test file of the run)")
+    parser.add_argument("--json", metavar="FILE", help="write the scores there as JSON; - prints them")
+    given = parser.parse_args(argv)
+    run = Path(given.run) if given.run else newest_run()
+    if not (run / "model").is_dir():
+        raise UserError(f"{run}: expected the folder of a run, which holds model/")
+    import config as settings
+
+    saved = settings.load(["--config", str(run / "config.yaml")])[0] if (run / "config.yaml").is_file() else None
+    data = given.data or (saved.test if saved else None)
+    if data is None:
+        raise UserError(f"{run}: its config names no test file; name one with --data")
+    import loader
+
+    corpus = loader.read(data)
+    if given.json != "-":
+        print(f"run {run}\n{corpus.describe()}")
+    import torch
+
+    from tagger import Tagger
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tagger = Tagger.of(run, device, saved.precision if saved else "auto")
+    unknown = sorted(set(corpus.entities()) - {label[2:] for label in tagger.labels})
+    if unknown:
+        print(f"warning: {data}: types that the run was not trained on count as missed: {', '.join(unknown)}", file=sys.stderr)
+    predicted = [tags for tags, _ in tagger.tag([sentence.chars for sentence in corpus.sentences])]
+    scores = score([sentence.tags for sentence in corpus.sentences], predicted)
+    text = json.dumps(scores, ensure_ascii=False, indent=1) + "\n"
+    if given.json == "-":
+        print(text, end="")
+        return
+    print(table(scores))
+    if given.json:
+        try:
+            Path(given.json).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {given.json}: cannot be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()
