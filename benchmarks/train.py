@@ -1,0 +1,188 @@
+"""The suite's training against transformers' Trainer + peft, on the same encoder, data and settings.
+
+    python benchmarks/train.py [--data FOLDER] [--epochs 3] [--tuning lora full] [--json FILE]
+
+Each side trains in a process of its own, in turn, so that each has the machine and its peak memory to itself.
+The peer is written as the PEFT token-classification guide has it: DataCollatorForTokenClassification, the Trainer's
+defaults for everything not named. Speed counts real tokens (no padding) over the training time alone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+LORA = {"r": 16, "alpha": 32}
+RATES = {"lora": 1e-3, "full": 2e-4}
+BATCH = 16
+
+
+def peer(options):
+    """Trains and scores with the Trainer; writes the figures to options.json."""
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import (
+        AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments)
+
+    import config
+    import evaluate
+    import loader
+    train, test = (loader.read(str(options.data / name)) for name in ("train", "test"))
+    labels = loader.label_list(train)
+    number = {label: i for i, label in enumerate(labels)}
+    encoder = config.resolve_path(options.pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+
+    def encode(sentence):
+        item = tokenizer(sentence.chars, is_split_into_words=True, truncation=True, max_length=512)
+        words, previous, item["labels"] = item.word_ids(), None, []
+        for word in words:
+            item["labels"].append(-100 if word is None or word == previous else number[sentence.tags[word]])
+            previous = word
+        return dict(item)
+
+    train_set, test_set = ([encode(s) for s in corpus.sentences] for corpus in (train, test))
+    model = AutoModelForTokenClassification.from_pretrained(encoder, num_labels=len(labels), dtype=torch.float32)
+    if options.peer == "lora":
+        model = get_peft_model(model, LoraConfig(
+            task_type=TaskType.TOKEN_CLS, r=LORA["r"], lora_alpha=LORA["alpha"], lora_dropout=0.0,
+            target_modules="all-linear", exclude_modules=["classifier"]))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model, train_dataset=train_set, eval_dataset=test_set, processing_class=tokenizer,
+            data_collator=DataCollatorForTokenClassification(tokenizer),
+            args=TrainingArguments(
+                output_dir=folder, learning_rate=RATES[options.peer], num_train_epochs=options.epochs,
+                per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, weight_decay=0.01,
+                save_strategy="no", report_to="none", seed=1, disable_tqdm=True,
+                bf16=torch.cuda.is_available()))
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+        scores = trainer.predict(test_set).predictions
+    predicted = []
+    for sentence, item, score in zip(test.sentences, test_set, scores, strict=True):
+        tags = [labels[i] for i, label in zip(score.argmax(-1), item["labels"], strict=False) if label != -100]
+        predicted.append(tags + ["O"] * (len(sentence.tags) - len(tags)))  # truncated, as the guide does
+    f1 = evaluate.score([s.tags for s in test.sentences], predicted)["micro"]["f1"]
+    tokens = options.epochs * sum(len(item["input_ids"]) for item in train_set)
+    options.json.write_text(json.dumps({"tokens_per_second": tokens / seconds, "seconds_per_epoch":
+                                        seconds / options.epochs, "f1": f1}))
+
+
+def ours(tuning, options, folder):
+    """Trains with main.py; returns the same figures and the trained share of the weights."""
+    command = [sys.executable, str(ROOT / "main.py"), "--tuning", tuning, "--output", folder, "--run", tuning,
+               "--pretrained", options.pretrained, "--epochs", str(options.epochs), "--max_train_sentences", "null",
+               "--batch_size", str(BATCH), "--learning_rate", str(RATES[tuning]), "--seed", "1",
+               "--lora.r", str(LORA["r"]), "--lora.alpha", str(LORA["alpha"]), "--lora.dropout", "0",
+               "--train", str(options.data / "train"), "--dev", str(options.data / "dev"),
+               "--test", str(options.data / "test")]
+    memory = measure(command)
+    run = Path(folder) / tuning
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    share = next(line for line in (run / "train.log").read_text().splitlines() if "trainable params:" in line)
+    trained, total = (int(part.split(":")[-1].replace(",", "")) for part in share.split("||")[:2])
+    return {"tokens_per_second": sum(e["tokens_per_second"] * e["seconds"] for e in epochs)
+            / sum(e["seconds"] for e in epochs),
+            "seconds_per_epoch": sum(e["seconds"] for e in epochs) / len(epochs),
+            "f1": json.loads((run / "test.json").read_text())["micro"]["f1"], "peak_mb": memory,
+            "trained": trained, "total": total}
+
+
+def measure(command):
+    """Runs a command quietly; returns its peak resident memory in MB. Raises SystemExit with its last words."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)}\nfailed:\n" + log.read().decode(errors="replace")[-2000:])
+    return usage.ru_maxrss / 1024
+
+
+def matrix_peak(dtype, device):
+    """Multiply-add operations a second (two each) of a square matrix product, the best of ten."""
+    import torch
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - began) / 5)
+    return 2 * 2048 ** 3 / best
+
+
+def encoder_weights(pretrained):
+    """Number of weights that multiply each token: all matrices of the encoder but its embeddings."""
+    import torch
+    from transformers import AutoModel
+
+    import config
+    model = AutoModel.from_pretrained(config.resolve_path(pretrained), dtype=torch.float32)
+    return sum(m.weight.numel() for name, m in model.named_modules()
+               if isinstance(m, torch.nn.Linear) and "pooler" not in name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "data/msra", help="folder with train, dev and test")
+    parser.add_argument("--pretrained", default="data/encoder")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--tuning", nargs="*", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peer", choices=list(RATES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.data = options.data.resolve()
+    if options.peer:
+        return peer(options)
+
+    import torch
+
+    import fast
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, reason = fast.choose("auto", device)
+    weights = encoder_weights(options.pretrained)
+    result = {}
+    for tuning in options.tuning:
+        with tempfile.TemporaryDirectory() as folder:
+            peak = matrix_peak(dtype, device)
+            mine = ours(tuning, options, folder)
+            peak = max(peak, matrix_peak(dtype, device))
+            file = Path(folder) / "peer.json"
+            memory = measure([sys.executable, __file__, "--peer", tuning, "--data", str(options.data), "--pretrained",
+                              options.pretrained, "--epochs", str(options.epochs), "--json", str(file)])
+            other = json.loads(file.read_text())
+        # Operations a token: 4 a frozen and 6 a trained weight (forward 2, input gradient 2, weight gradient 2).
+        adapter = mine["trained"] if tuning == "lora" else 0
+        operations = 4 * weights + 6 * adapter if tuning == "lora" else 6 * weights
+        result[tuning] = {
+            "ratio": mine["tokens_per_second"] / other["tokens_per_second"],
+            "tokens_per_second": mine["tokens_per_second"], "peer_tokens_per_second": other["tokens_per_second"],
+            "seconds_per_epoch": mine["seconds_per_epoch"], "peer_seconds_per_epoch": other["seconds_per_epoch"],
+            "f1": mine["f1"], "peer_f1": other["f1"],
+            "peak_share": mine["tokens_per_second"] * operations / peak, "matrix_peak_gflops": peak / 1e9,
+            "peak_mb": mine["peak_mb"], "peer_peak_mb": memory}
+    print(f"\n{device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')} ({reason}), "
+          f"{options.epochs} epochs of {options.data}")
+    print(f"{'':24}" + "".join(f"{tuning:>12}" for tuning in result))
+    for key in next(iter(result.values()), {}):
+        print(f"{key:24}" + "".join(f"{row[key]:12.3f}" if row[key] < 100 else f"{row[key]:12.0f}"
+                                    for row in result.values()))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
