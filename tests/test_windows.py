@@ -1,0 +1,264 @@
+"""Alignment and windows: n units in, n tags out, for any text, any window size and each kind of tokenizer."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import loader
+from errors import UserError
+
+KINDS = {"wordpiece": tiny.wordpiece, "sentencepiece": tiny.sentencepiece, "bytelevel": tiny.bytelevel}
+AWKWARD = ["\u3000", " ", "\t", "\u200b", "\u200d", "\ufeff", "\x00", "\x7f", "\u0301", "龘", "𠮷", "👨‍👩‍👧", "🇨🇳", "ﷺ", "①",
+           "㎏", "…", "ﬁ", "\ud83d", "\ue000", "‏", "▁", "Ġ", "<s>", "[CLS]", "[PAD]", "İ", "ß"]
+characters = st.one_of(st.characters(), st.sampled_from(list(tiny.TEXT)), st.sampled_from("。！？，、；"),
+                       st.sampled_from(AWKWARD))
+texts = st.lists(characters, max_size=120)
+
+
+@functools.cache
+def tokenizer(kind):
+    return KINDS[kind]()
+
+
+def units(kind, max_length=20, special_tokens=True, unit="character"):
+    return loader.Units(tokenizer(kind), unit, special_tokens, max_length)
+
+
+def positions(window):
+    """The owned (place in ids, unit) pairs of a window."""
+    return [(window.first[u - window.start], u) for u in range(window.own_start, window.own_end)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(chars=texts, max_length=st.integers(3, 60), special_tokens=st.booleans())
+@example(chars=AWKWARD, max_length=3, special_tokens=True)
+@example(chars=["a"] * 500, max_length=3, special_tokens=False)
+def test_each_unit_is_owned_once_and_seen_whole(kind, chars, max_length, special_tokens):
+    made = units(kind, max_length, special_tokens)
+    ids, first = made.encode(chars)
+    assert len(first) == len(chars) and first == sorted(set(first)) and all(0 <= place < len(ids) for place in first)
+    windows = made.windows([chars])
+    assert [u for w in windows for u in range(w.own_start, w.own_end)] == list(range(len(chars)))
+    for window in windows:
+        assert window.start <= window.own_start < window.own_end <= window.end and window.total == len(chars)
+        assert len(window.ids) <= max_length and len(window.first) == window.end - window.start
+        before, after = len(made.prefix), len(made.suffix)
+        middle = window.ids[before:len(window.ids) - after]
+        stop = first[window.end] if window.end < len(chars) else len(ids)
+        assert middle == ids[first[window.start]:stop], "a window is a slice of the sentence's tokens"
+        assert all(window.ids[place] == ids[first[unit]] for place, unit in positions(window))
+        assert window.ids[:before] == made.prefix and window.ids[len(window.ids) - after:] == made.suffix
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(sentences=st.lists(st.lists(characters, max_size=50), max_size=8), max_length=st.integers(3, 30),
+       size=st.integers(1, 5), seed=st.one_of(st.none(), st.integers(0, 9)))
+def test_what_goes_out_in_batches_comes_back_in_place(kind, sentences, max_length, size, seed):
+    made = units(kind, max_length)
+    gold = [[(7 * index + place) % 11 for place in range(len(chars))] for index, chars in enumerate(sentences)]
+    windows, out, labelled = made.windows(sentences), {}, 0
+    for batch in loader.batches(windows, size, seed):
+        tensors = loader.collate(batch, tokenizer(kind).pad_token_id, gold)
+        assert {t.dtype for t in tensors.values()} == {torch.int64} and len({t.shape for t in tensors.values()}) == 1
+        assert tensors["attention_mask"].sum() == sum(len(w.ids) for w in batch)
+        assert tensors["input_ids"].shape == (len(batch), max(len(w.ids) for w in batch))
+        labelled += int((tensors["labels"] != -100).sum())
+        scores = torch.nn.functional.one_hot(tensors["labels"].clamp(min=0), 11).to(torch.bfloat16)
+        scores[tensors["labels"] == -100] = 9.0  # must never be read
+        loader.stitch(batch, scores, out)
+    assert labelled == sum(map(len, sentences)), "training sees every labelled unit exactly once"
+    assert sorted(out) == [index for index, chars in enumerate(sentences) if chars]
+    for index, rows in out.items():
+        assert rows.dtype == np.float32 and rows.argmax(1).tolist() == gold[index] and rows.max() == 1
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(marks=st.lists(st.sampled_from("aaaaaaaaaaaa。，"), min_size=1, max_size=400), max_length=st.integers(8, 80))
+def test_each_unit_comes_from_the_window_with_most_context(marks, max_length):
+    windows = units("wordpiece", max_length).windows([marks])
+
+    def context(window, unit):
+        left = unit - window.start if window.start else len(marks)
+        return min(left, window.end - 1 - unit if window.end < len(marks) else len(marks))
+
+    for owner in windows:
+        for unit in range(owner.own_start, owner.own_end):
+            assert context(owner, unit) == max(context(w, unit) for w in windows if w.start <= unit < w.end)
+    for left, right in itertools.pairwise(windows):
+        assert right.start < left.end or max_length < 10, "neighbours overlap"
+
+
+def test_windows_are_cut_at_punctuation():
+    chars = list(("北京" * 6 + "，" + "上海" * 6 + "。") * 20)
+    windows = units("wordpiece", 66).windows([chars])
+    assert len(windows) > 5
+    for window in windows[:-1]:
+        assert chars[window.end - 1] in "，。" and len(window.ids) > 40
+    for window in windows[1:]:
+        assert chars[window.start - 1] in "，。"
+
+
+def test_a_sentence_that_fits_is_one_window():
+    (window,) = units("wordpiece", 12).windows([list("江泽民在北京会见了")])
+    assert (window.start, window.end, window.own_start, window.own_end) == (0, 9, 0, 9) and len(window.ids) == 11
+    assert len(units("wordpiece", 11).windows([list("江泽民在北京会见了")])) == 1
+    assert len(units("wordpiece", 10).windows([list("江泽民在北京会见了")])) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_tokenizer_drops_gets_its_unknown_token(kind):
+    made = units(kind)
+    ids, first = made.encode(AWKWARD)
+    reserved = set(tokenizer(kind).all_special_ids) - {tokenizer(kind).unk_token_id}
+    assert len(first) == len(AWKWARD) and not reserved & set(ids), "no text can smuggle in a special token"
+    if kind == "wordpiece":
+        unknown = tokenizer(kind).unk_token_id
+        assert {"\u3000", "\u200b", "\x00"} <= made.dropped and ids[first[0]] == ids[first[3]] == unknown
+        assert made.is_unknown("龘") and "龘" not in made.dropped and not made.is_unknown("京")
+
+
+def test_no_mark_of_a_space_is_left_before_a_character():
+    made = units("sentencepiece")
+    assert tokenizer("sentencepiece").convert_ids_to_tokens(made.encode(list("江泽 民"))[0]) == ["江", "泽", "▁", "民"]
+
+
+def test_special_tokens_only_where_they_are_wanted():
+    for kind, marks in {"wordpiece": ("[CLS]", "[SEP]"), "sentencepiece": ("<s>", "</s>"), "bytelevel": ("<s>", "</s>")}.items():
+        with_them, without = (units(kind, special_tokens=wanted).windows([["北"]])[0] for wanted in (True, False))
+        first, *middle, last = with_them.ids
+        assert tuple(tokenizer(kind).convert_ids_to_tokens([first, last])) == marks and middle == without.ids
+        assert with_them.first == [1] and without.first == [0]
+
+
+def test_words_take_their_tag_at_the_first_token():
+    words = ["The", "inhibitor", "of", "IL-2", "blocks", "NF-kappa"]
+    made = loader.Units(tiny.bytelevel(add_prefix_space=True), "word", True, 64)
+    (window,) = made.windows([words])
+    assert len(window.ids) > len(words) + 2, "some words have several tokens"
+    tensors = loader.collate([window], 1, [[1, 2, 3, 4, 5, 6]])
+    assert tensors["labels"][0, window.first].tolist() == [1, 2, 3, 4, 5, 6]
+    assert int((tensors["labels"] != -100).sum()) == 6
+
+
+def test_a_giant_word_still_leaves_room_for_its_neighbours():
+    made = units("bytelevel", 34, unit="word")
+    windows = made.windows([["a", "x9" * 500_000, "b"]])
+    assert len(windows) == 1 and windows[0].end == 3
+
+
+def test_a_million_characters_are_cut_in_linear_time():
+    text = (tiny.TEXT * 3000)[:1_000_000]
+    made = units("wordpiece", 256)
+    windows = made.windows([list(text)])
+    assert len(text) < 1_000_001 and sum(w.own_end - w.own_start for w in windows) == len(text)
+    assert sum(len(w.ids) for w in windows) < 1.8 * len(text), "overlaps cost less than the text itself"
+
+
+def test_room_for_no_token_is_an_error():
+    with pytest.raises(UserError, match="max_length 2 leaves no room"):
+        units("wordpiece", 2)
+
+
+def test_batches_hold_like_lengths_in_an_order_drawn_from_the_seed():
+    sentences = [list("京" * (1 + 37 * n % 120)) for n in range(2000)]
+    windows = units("wordpiece", 256).windows(sentences)
+    first, again, other = (loader.batches(windows, 16, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    for made in (first, other, loader.batches(windows, 16, None)):
+        assert sorted(w.sentence for batch in made for w in batch) == list(range(2000))
+        real = sum(len(w.ids) for batch in made for w in batch)
+        padded = sum(max(len(w.ids) for w in batch) * len(batch) for batch in made)
+        assert real / padded > 0.95, "hardly any padding"
+    longest = [len(batch[0].ids) for batch in first]
+    assert longest != sorted(longest, reverse=True) and max(map(len, first)) == 16
+    ordered = [len(w.ids) for batch in loader.batches(windows, 16, None) for w in batch]
+    assert ordered == sorted(ordered, reverse=True)
+    assert {frozenset(w.sentence for w in batch) for batch in first} != {frozenset(w.sentence for w in b) for b in other}
+
+
+LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+def well_formed(path, labels):
+    return all(not labels[b].startswith("I-") or a is not None and labels[a][1:] == labels[b][1:]
+               for a, b in itertools.pairwise([None, *path]))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 10**6)), min_size=1, max_size=5))
+def test_viterbi_finds_the_best_well_formed_path(data):
+    scores = [np.random.default_rng(seed).normal(size=(n, len(LABELS))).astype(np.float32) for n, seed in data]
+    for rows, path in zip(scores, loader.viterbi(scores, LABELS), strict=True):
+        assert len(path) == len(rows) and well_formed(path, LABELS)
+        best = max((sum(rows[t, label] for t, label in enumerate(guess))
+                    for guess in itertools.product(range(len(LABELS)), repeat=len(rows)) if well_formed(guess, LABELS)),
+                   default=0) if len(rows) < 6 else None
+        if best is not None:
+            assert sum(rows[t, label] for t, label in enumerate(path)) == pytest.approx(best, abs=1e-4)
+
+
+def plain_viterbi(rows, labels):
+    """The textbook's, one step after the other."""
+    steps = np.array([[0.0 if not b.startswith("I-") or a[1:] == b[1:] else -np.inf for b in labels] for a in labels])
+    best, back = np.where([label.startswith("I-") for label in labels], -np.inf, rows[0]), []
+    for row in rows[1:]:
+        options = best[:, None] + steps
+        back.append(options.argmax(0))
+        best = options.max(0) + row
+    path = [int(best.argmax())]
+    for pointers in reversed(back):
+        path.append(int(pointers[path[-1]]))
+    return path[::-1]
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
+def test_viterbi_on_long_sentences_is_the_textbooks(sharpness):
+    labels = loader.label_list([loader.Sentence([], [f"B-{kind}" for kind in "ABCDEFG"], 1)])
+    draw = np.random.default_rng(3)
+    scores = [draw.normal(size=(n, len(labels))) * sharpness for n in (1, 700, 33, 0, 64, 2)]
+    for rows, path in zip(scores, loader.decode(scores, labels, "viterbi"), strict=True):
+        assert well_formed(path, labels)
+        if len(rows):
+            plain = plain_viterbi(rows.astype(np.float32), labels)
+            assert rows[np.arange(len(rows)), path].sum() == pytest.approx(rows[np.arange(len(rows)), plain].sum(), abs=1e-2)
+
+
+def test_viterbi_survives_what_a_broken_model_gives():
+    for value in (np.nan, np.inf, -np.inf, 0.0):
+        (path,) = loader.viterbi([np.full((50, 5), value, np.float32)], LABELS)
+        assert len(path) == 50 and well_formed(path, LABELS)
+    assert [list(path) for path in loader.viterbi([np.zeros((0, 5))], LABELS)] == [[]]
+    assert loader.viterbi([], LABELS) == []
+
+
+def test_viterbi_takes_a_million_characters():
+    scores = np.random.default_rng(0).normal(size=(1_000_000, 5)).astype(np.float32)
+    (path,) = loader.viterbi([scores], LABELS)
+    assert len(path) == 1_000_000 and well_formed(path[:5000], LABELS)
+
+
+def test_argmax_takes_each_character_by_itself():
+    paths = loader.decode([np.eye(5, dtype=np.float32)[[2, 0, 4]], np.zeros((0, 5), np.float32)], LABELS, "argmax")
+    assert [list(path) for path in paths] == [[2, 0, 4], []]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text())
+def test_units_of_a_text_keep_their_offsets(text):
+    characters, words = loader.text_units(text, "character"), loader.text_units(text, "word")
+    assert "".join(char for char, _, _ in characters) == text and len(characters) == len(text)
+    assert all(text[start:end] == unit for unit, start, end in characters + words)
+    assert len("".join(unit for unit, _, _ in words)) + sum(char.isspace() for char in text) == len(text)
+
+
+def test_words_of_a_text():
+    assert [unit for unit, _, _ in loader.text_units("IL-2 isn't (NF-kappa B) 3.5%, ok.", "word")] == [
+        "IL-2", "isn't", "(", "NF-kappa", "B", ")", "3.5", "%", ",", "ok", "."]
