@@ -140,7 +140,7 @@ def _column_lines(path: str, text: str) -> Raw:
             if counts.total() == 1000:
                 break
     columns = max(counts, key=lambda n: (counts[n], n == 2))
-    if columns == 1 or counts[columns] * 2 < counts.total():  # no table at all: measured as the plainest one
+    if columns == 1 or counts[columns] * 2 <= counts.total():  # no table at all: measured as the plainest one
         columns = 2
 
     known: dict[str, tuple[str, str] | None] = {}  # line as it stands → token and tag; None for a line that ends a block
@@ -240,13 +240,13 @@ class _Steps(dict):
 
 
 def _mixture(path: str, raw: list, line_a_char: bool) -> str:
-    """Names the first line with the rarest prefix of a file whose prefixes belong to no one scheme."""
+    """Names the first tag outside the scheme that most of the file follows."""
     counts = Counter(tag[0] for _, tags, _ in raw for tag in tags)
-    rarest = min(counts, key=counts.get)
+    scheme = max(SCHEMES, key=lambda scheme: sum(counts[prefix] for prefix in SCHEMES[scheme]))
     line, tag = next((line + index * line_a_char, tag) for _, tags, line in raw
-                     for index, tag in enumerate(tags) if tag[0] == rarest)
-    return (f"{path}:{line}: {_quote(tag)} does not belong with the other tags, whose prefixes are "
-            f"{', '.join(sorted(counts.keys() - rarest))}; expected those of one scheme: BIO, BIOES, BMES or BILOU")
+                     for index, tag in enumerate(tags) if tag[0] not in SCHEMES[scheme] + "O")
+    return (f"{path}:{line}: {_quote(tag)} does not belong in {scheme}, the scheme of most tags here; expected the "
+            "tags of one scheme: BIO, BIOES, BMES or BILOU")
 
 
 def spans(tags: list[str]) -> list[tuple[str, int, int]]:

@@ -7,6 +7,7 @@ Every 25th training sentence becomes dev.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -90,7 +91,8 @@ def _write(path: Path, sentences: list) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); make room or give the folder to this user") from None
 
 
