@@ -45,7 +45,7 @@ class Progress:
     best: int | None = None  # the epoch (from 1) with the highest micro-F1 on dev
     micro_batch: int = 1  # windows that go through the model at once
     scale: float = 1.0  # of the loss, for float16
-    of: str = ""  # what is trained on: see digest()
+    data: str = ""  # what is trained on: see digest()
 
     def add(self, batch: list, loss: float, seconds: float) -> None:
         """Counts a step: a batch of windows, its mean loss and how long it took."""
@@ -172,18 +172,19 @@ def opened(run: Path, writes: bool):
         handlers += [logging.StreamHandler(sys.stdout), file]
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
-            log.addHandler(handler)
+            logging.root.addHandler(handler)  # other rooms' and libraries' warnings come in the same form
         log.setLevel(logging.INFO)
-        log.propagate = False
         yield
     except UserError as error:  # the terminal gets it from errors.command
         file.handle(log.makeRecord("__main__", logging.ERROR, "", 0, str(error), (), None))
         raise
     except OSError as error:
-        raise UserError(f"{error.filename or run}: cannot be written: {error.strerror}") from None
+        if not str(error.filename or "").startswith(str(run)):
+            raise
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
     finally:
         for handler in handlers:
-            log.removeHandler(handler)
+            logging.root.removeHandler(handler)
             handler.close()
         if fresh and run.is_dir() and not {path.name for path in run.iterdir()} - {"train.log", "config.yaml", "environment.json"}:
             if sys.exc_info()[0] is not None:
@@ -295,22 +296,22 @@ class Keeper:
     a row ends the run. `save_model(folder)` writes the model as it stands, whole or not at all. Only the process that `writes` does anything.
     """
 
-    def __init__(self, run: Path, optimizer, minutes: float, save_model, writes: bool):
+    def __init__(self, run: Path, optimizer, minutes: float, writes: bool, save_model):
         self.run, self.optimizer, self.save_model, self.writes = run, optimizer, save_model, writes
         self.pause, self.last, self.failed = minutes * 60, time.monotonic(), False
         self.best = None  # a best epoch's weights that are not on disk yet
         if writes:
             (run / FILE).parent.mkdir(exist_ok=True)
 
-    def resumed(self, of: str) -> Progress | None:
+    def resumed(self, data: str) -> Progress | None:
         """Puts the run's checkpoint, if there is one, into model and optimizer. Returns where it stands.
 
-        Raises UserError where it was trained on something else than what has the digest `of`.
+        Raises UserError where it was trained on something else than what has the digest `data`.
         """
         if (saved := load(self.run)) is None:
             return None
         tensors, progress = saved
-        if progress.of != of:
+        if progress.data != data:
             raise UserError(f"{self.run}: the training sentences, their labels or the number of processes changed since it "
                             "was stopped; put them back, or start a new run")  # fmt: skip
         restore(self.optimizer, tensors, progress.scale, self.run / FILE)
@@ -380,7 +381,7 @@ class Stop:
     def __init__(self):
         self.asked = 0  # the signal
         self.twice = False
-        self.patient = False  # whether the work at hand asks for `asked` by itself, soon
+        self.patient = False
 
     def __enter__(self):
         self.old = {}
@@ -391,6 +392,15 @@ class Stop:
     def __exit__(self, *_):
         for number, handler in self.old.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def patiently(self):
+        """A stretch of work that a signal does not break off; the work asks for `asked` by itself, soon."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
 
     def _ask(self, number, _frame):
         self.twice = bool(self.asked)

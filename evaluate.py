@@ -6,6 +6,7 @@ same name finds a harmless module.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -38,6 +39,27 @@ def score(gold: list[list[str]], predicted: list[list[str]]) -> dict:
     }  # fmt: skip
     averages = {name: plain.pop(f"{name} avg") for name in ("micro", "macro", "weighted")}
     return averages | {"types": plain, "accuracy": accuracy}
+
+
+def score_sentences(tagger, sentences: list, devices=None) -> tuple[dict, list[list[str]], float]:
+    """Scores of a tagger on sentences, the tags it predicts, and its mean loss per unit.
+
+    With several `devices` (an Accelerator) each process tags a share; all get the same result.
+    """
+    rank, ranks = (devices.process_index, devices.num_processes) if devices else (0, 1)
+    mine, number = range(rank, len(sentences), ranks), {label: index for index, label in enumerate(tagger.labels)}
+    log_probs = tagger.log_probs([sentences[index].chars for index in mine])
+    found = []
+    for index, rows, (tags, _) in zip(mine, log_probs, tagger.decoded(log_probs)):
+        known = [(row, number[tag]) for row, tag in zip(rows, sentences[index].tags) if tag in number]
+        found.append((index, tags, -math.fsum(float(row[label]) for row, label in known)))
+    if ranks > 1:
+        from accelerate.utils import gather_object
+
+        found = sorted(gather_object(found))
+    predicted = [tags for _, tags, _ in found]
+    units = sum(len(tags) for tags in predicted)
+    return score([sentence.tags for sentence in sentences], predicted), predicted, math.fsum(loss for *_, loss in found) / max(1, units)
 
 
 def newest_run(output: str | Path = "output") -> Path:
@@ -94,8 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     unknown = sorted(set(corpus.entities()) - {label[2:] for label in tagger.labels})
     if unknown:
         print(f"warning: {data}: types that the run was not trained on count as missed: {', '.join(unknown)}", file=sys.stderr)
-    predicted = [tags for tags, _ in tagger.tag([sentence.chars for sentence in corpus.sentences])]
-    scores = score([sentence.tags for sentence in corpus.sentences], predicted)
+    scores, _, _ = score_sentences(tagger, corpus.sentences)
     text = json.dumps(scores, ensure_ascii=False, indent=1) + "\n"
     if given.json == "-":
         print(text, end="")
