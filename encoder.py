@@ -51,7 +51,7 @@ def _on_hub(name: str) -> str:
     except Exception as error:  # refused, timed out, no name server, a proxy's page: all the same to the user
         raise UserError(
             f"{what}: no such folder here, and the hub at {endpoint} does not answer ({type(error).__name__}); set "
-            "HF_ENDPOINT to a mirror, as in HF_ENDPOINT=https://hf-mirror.com, or give a local folder"
+            "HF_ENDPOINT to a mirror, as in HF_ENDPOINT=https://MIRROR, or give a local folder"
         ) from None
     return name
 

@@ -22,7 +22,7 @@ import encoder
 from config import ROOT
 from errors import UserError, command
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("__main__")  # the run's log
 META = {"labels": list, "unit": str, "special_tokens": bool, "max_length": int, "decode": str, "tuning": str,
         "pretrained": str, "virtual_tokens": int}  # fmt: skip
 VIRTUAL = ("prompt", "prefix", "ptuning")
@@ -107,7 +107,9 @@ def after_step(model, step: int, steps: int) -> None:
     weights = [weight for weight in model.parameters() if getattr(weight, "last_grad", None) is not None]
     kept = [weight.grad for weight in weights]
     for weight in weights:
-        weight.grad = weight.last_grad.to(weight.dtype)
+        weight.grad = weight.last_grad
+        if torch.distributed.is_initialized():  # every process must cut off the same
+            torch.distributed.all_reduce(weight.grad)
     model.base_model.update_and_allocate(step)
     for weight, grad in zip(weights, kept, strict=True):
         weight.grad = grad
@@ -131,7 +133,8 @@ def save(model, tokenizer, meta: dict, folder) -> None:
             tokenizer.save_pretrained(fresh)
         (fresh / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
         for path in fresh.rglob("*"):
-            if path.is_file() and not path.is_symlink():
+            if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+                path.chmod(0o666 & ~_umask())  # safetensors' are for their owner alone
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
         if folder.exists():  # a folder cannot be replaced in one step: between the two, the old one lies beside
@@ -154,7 +157,7 @@ def load(folder, device="cpu", merged: bool = True, attention: str | None = None
     folder = Path(folder)
     if not (folder / "ner.json").exists() and (folder / "model" / "ner.json").exists():
         folder = folder / "model"
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     if isinstance(TUNINGS[meta["tuning"]], str):
         encoder.check_weights(folder, str(folder))
         settings = encoder.read_settings(str(folder), str(folder))
@@ -224,19 +227,18 @@ def _save_adapter(model, meta: dict, fresh: Path, folder: Path) -> None:
     (fresh / "README.md").unlink(missing_ok=True)  # peft's template; export.py writes the card
     (fresh / "encoder").mkdir()
     model.get_base_model().config.save_pretrained(fresh / "encoder")  # with the labels, unlike the encoder's own
-    source, _ = encoder.find(meta["pretrained"])
-    for file in encoder.weight_files(Path(source)):
-        _link(file, fresh / "encoder" / file.name, folder / "encoder")
+    with contextlib.suppress(UserError):  # an encoder that went away must not cost the run its adapter
+        for file in encoder.weight_files(Path(encoder.find(meta["pretrained"])[0])):
+            _link(file, fresh / "encoder" / file.name, folder / "encoder")
 
 
 def _link(file: Path, target: Path, final: Path) -> None:
     """Puts a file into a saved model without a second copy of its bytes, where the disk allows that."""
     file = file.resolve()
-    for way in (os.link, os.symlink, shutil.copyfile):
+    for way in (os.link, os.symlink):
         with contextlib.suppress(OSError):
-            way(os.path.relpath(file, final.resolve()) if way is os.symlink else file, target)
-            return
-    raise UserError(f"{final / target.name}: cannot be written")
+            return way(os.path.relpath(file, final.resolve()) if way is os.symlink else file, target)
+    shutil.copyfile(file, target)
 
 
 def _load_adapter(folder: Path, meta: dict, merged: bool, attention: str | None):
@@ -332,7 +334,8 @@ def _longest(model, config) -> int:
     return min(config.max_length, room)
 
 
-def _read_meta(folder: Path) -> dict:
+def read_meta(folder: Path) -> dict:
+    """What ner.json of a saved model holds, checked. Raises UserError."""
     if not (folder / "ner.json").is_file():
         raise UserError(f"{folder}: there is no ner.json, so it is no saved model; expected the model folder of a run")
     file = folder / "ner.json"

@@ -1,0 +1,310 @@
+"""The schema of config.yaml: one source of defaults and comments, every key on the command line, errors that name the line."""
+
+import random
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config
+from errors import UserError
+
+YAML = (config.ROOT / "config.yaml").read_text("utf-8")
+
+
+def load(folder, text, *argv):
+    file = folder / "my.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return config.load(["--config", str(file), *argv])[0]
+
+
+def fails(folder, text, *argv):
+    with pytest.raises(UserError) as caught:
+        load(folder, text, *argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# one source
+
+def test_config_yaml_is_what_config_prints():
+    assert YAML == config.dump(config.Config())
+
+
+def test_every_line_of_config_yaml_has_a_comment():
+    for line in YAML.splitlines():
+        assert re.fullmatch(r" *[a-z_]+:.*  # \S.*", line), line
+
+
+def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_torch():
+    code = ("import sys, config\ntry: config.load(['--help'])\n"
+            "finally: print('LOADED', [name for name in ('torch', 'transformers', 'peft') if name in sys.modules])")
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
+    assert time.perf_counter() - begun < 1.5, "slower than a second even with half a second of grace for a busy machine"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("LOADED []")
+    lines = {line.split()[0][2:]: line for line in done.stdout.splitlines() if line.startswith("  --")}
+    for key, field in config.FIELDS.items():
+        assert field.description in lines[key]
+        assert lines[key].endswith("]")
+    assert "[12000]" in lines["max_train_sentences"] and "[16]" in lines["lora.r"]
+    assert {"config", "resume", "push_to_hub", "help"} <= set(lines)
+
+
+def test_help_shows_the_values_of_the_file_in_use(tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("epochs: 77\n")
+    with pytest.raises(SystemExit) as ended:
+        config.load(["--help", "--config", str(tmp_path / "my.yaml")])
+    assert ended.value.code == 0
+    assert "[77]" in capsys.readouterr().out
+
+
+def test_defaults_of_the_card():
+    made, flags = config.load([])
+    assert (made.train, made.pretrained, made.tuning, made.batch_size) == ("data/msra/train", "data/encoder", "lora", 16)
+    assert made.lora.model_dump() == {"r": 16, "alpha": 32, "dropout": 0, "target_modules": "all-linear", "bias": "none"}
+    assert flags == config.Flags()
+
+
+# the command line
+
+def test_keys_on_the_command_line():
+    made, flags = config.load(["--tuning", "full", "--learning_rate", "2e-5", "--lora.r=8", "--push_to_hub", "me/it",
+                               "--special_tokens", "off", "--dev", "null", "--run", "2024", "--trackers", "a, b",
+                               "--lora.target_modules", "query,value"])
+    assert (made.tuning, made.learning_rate, made.lora.r, flags.push_to_hub) == ("full", 2e-5, 8, "me/it")
+    assert (made.special_tokens, made.dev, made.run, made.trackers) == (False, None, "2024", ["a", "b"])
+    assert made.lora.target_modules == ["query", "value"]
+
+
+@pytest.mark.parametrize("key", config.FIELDS)
+def test_every_key_can_be_given(key):
+    default = config._get(config.Config(), key)
+    made, _ = config.load([f"--{key}", config._yaml(default)])
+    assert config._get(made, key) == default or key == "learning_rate"
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--epoch", "3"], "the closest is --epochs"),
+    (["--learning-rate", "3"], "the closest is --learning_rate"),
+    (["--lr", "3"], "the closest is --learning_rate"),
+    (["--r", "3"], "the closest is --lora.r"),
+    (["--epochs"], "needs a value"),
+    (["--epochs", "--seed"], "needs a value"),
+    (["--epochs", "3", "--epochs", "4"], "twice"),
+    (["--lora", "3"], "--lora.r 8"),
+    (["train"], "expected --key value"),
+    (["--config", "nosuch.yaml"], "there is no such file"),
+    (["--config="], "needs a value"),
+    (["--resume", "nosuch"], "expected the folder of a run"),
+    (["--epochs", "many"], '--epochs: epochs is "many"; expected a whole number, at least 1'),
+    (["--epochs", "0"], "epochs is 0; expected a whole number, at least 1"),
+    (["--epochs", "1.5"], "epochs is 1.5; expected a whole number"),
+    (["--epochs", "true"], "expected a whole number"),
+    (["--learning_rate", "nan"], "learning_rate is NaN; expected a number, above 0 or null"),
+    (["--learning_rate", "-1e-3"], "learning_rate is -0.001"),
+    (["--learning_rate", "1e999"], "learning_rate is Infinity"),
+    (["--warmup_ratio", "1.1"], "at least 0, at most 1"),
+    (["--tuning", "laro"], "expected one of lora, full, dora"),
+    (["--special_tokens", "maybe"], "true or false"),
+    (["--lora.bias", "some"], "one of none, all, lora_only"),
+    (["--lora.target_modules", "[]"], "expected all-linear or a list of names or null"),
+    (["--run", "a/b"], "without slashes"),
+    (["--run", ".."], "without slashes"),
+    (["--run", "x" * 81], "at most 80 characters"),
+    (["--train", "null"], "train is null; expected a text"),
+])  # fmt: skip
+def test_wrong_command_lines_are_named(argv, said):
+    with pytest.raises(UserError) as caught:
+        config.load(argv)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_run_to_resume_gives_the_config(tmp_path):
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    for run, epochs in ((older, 5), (newer, 6)):
+        (run / "checkpoint").mkdir(parents=True)
+        (run / "config.yaml").write_text(f"epochs: {epochs}\noutput: {tmp_path}\n")
+    import os
+    os.utime(older / "checkpoint", (1, 1))
+    made, flags = config.load(["--resume", str(older), "--seed", "9"])
+    assert (made.epochs, made.seed, flags.resume) == (5, 9, str(older))
+    made, flags = config.load(["--resume", "latest", "--output", str(tmp_path)])
+    assert (made.epochs, flags.resume) == (6, str(newer))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no run under .*none holds a checkpoint"):
+        config.load(["--resume", "latest", "--output", str(tmp_path / "none")])
+
+
+# the file
+
+@pytest.mark.parametrize("text, line, said", [
+    ("seed: 1\nepoch: 3\n", 2, "unknown key 'epoch'; the closest is epochs"),
+    ("seed: 1\n\nlora:\n  r: 8\n  alfa: 3\n", 5, "unknown key 'lora.alfa'; the closest is lora.alpha"),
+    ("lora.r: 8\n", 1, "unknown key 'lora.r'"),
+    ("# hello\nepochs: many\n", 2, 'epochs is "many"; expected a whole number, at least 1'),
+    ("epochs: [1]\n", 1, "expected a whole number"),
+    ("epochs: {a: 1}\n", 1, "expected a whole number"),
+    ("epochs:\n", 1, "epochs is null; expected a whole number"),
+    ("epochs: yes\n", 1, "epochs is \"yes\""),
+    ("lora: 8\n", 1, "lora must hold lines of `key: value`"),
+    ("lora:\n  r: -1\n", 2, "lora.r is -1; expected a whole number, at least 1"),
+    ("epochs: 1\nseed: 2\nepochs: 3\n", 3, "epochs is given twice"),
+    ("lora: {r: 1}\nlora: {alpha: 1}\n", 2, "lora is given twice"),
+    ("lora: {r: 1, r: 2}\n", 1, "lora.r is given twice"),
+    ("a: &a [x, x]\nb: &b [*a, *a]\n", 2, "alias"),
+    ("epochs: 1\nseed: &s 3\nrun: *s\n", 3, "alias"),
+    ("trackers: [[[[[]]]]]\n", 1, "nested too deeply"),
+    ("trackers: [[a]]\n", 1, "list of lists"),
+    ("epochs: 1\n\tseed: 2\n", 2, "not YAML"),
+    ("epochs: 'x\n", 2, "not YAML"),
+    ("- a\n- b\n", 1, "the file must hold lines of `key: value`"),
+    ("just a text\n", 1, "the file must hold lines of `key: value`"),
+    ("[1]: 2\n", 1, "unknown key"),
+    ("run: !!python/object/apply:os.system ['touch /tmp/owned']\n", 1, "expected a folder name"),
+    ("run: !!python/name:os.system\n", 1, "has the tag"),
+    ("run: !mine x\n", 1, "has the tag"),
+    ("run: a\x00b\n", 1, "not YAML"),
+    (b"seed: 1\nrun: \xff\n", 2, "not UTF-8"),
+    ("epochs: 1\n---\nseed: 2\n", 2, "not YAML"),
+])  # fmt: skip
+def test_wrong_files_are_named_with_the_line(tmp_path, text, line, said):
+    message = fails(tmp_path, text)
+    assert message.startswith(f"{tmp_path / 'my.yaml'}:{line}: ") and said in message, message
+
+
+def test_files_that_are_fine(tmp_path):
+    assert load(tmp_path, "") == load(tmp_path, "# nothing\n") == load(tmp_path, "---\n") == load(tmp_path, YAML)
+    assert load(tmp_path, "\ufefflearning_rate: 2e-5\r\nrun: 2024-05-06\r\n").run == "2024-05-06"
+    assert load(tmp_path, "learning_rate: 2e-5").learning_rate == 2e-5
+    assert load(tmp_path, "trackers: [tensorboard]\nlora: {target_modules: [query]}").lora.target_modules == ["query"]
+    assert load(tmp_path, "epochs: 3", "--epochs", "4").epochs == 4
+
+
+def test_bombs_end_at_once(tmp_path):
+    laughs = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 60))
+    begun = time.perf_counter()
+    assert "alias" in fails(tmp_path, laughs)
+    assert "too deeply" in fails(tmp_path, "run: " + "[" * 90_000)
+    assert "too deeply" in fails(tmp_path, "run: " + "{a: " * 20_000)
+    assert "larger than" in fails(tmp_path, "# " + "x" * 200_000)
+    assert time.perf_counter() - begun < 5
+
+
+def run_or_error(text):
+    """A Config, or the message of the UserError: nothing else may come of any file."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            made = load(Path(folder), text)
+        except UserError as error:
+            assert re.match(r".*my\.yaml(:\d+)?: \S", str(error)) and "\n" not in str(error)
+            return str(error)
+        assert isinstance(made, config.Config)
+        return made
+
+
+SCALARS = st.one_of(
+    st.sampled_from(["null", "~", "1", "-1", "1e400", "0x10", ".inf", ".nan", "1:30", "yes", "2024-01-01", "''", '"a"',
+                     "[]", "{}", "[a, 1]", "&x 1", "*x", "!!int 3", "!!binary aa", "|\n  x", ">\n", "? ", "- ", "<<: 1"]),
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+)  # fmt: skip
+KEYS = st.one_of(st.sampled_from([*config.Config.model_fields, "<<", "=", "? a"]), st.text(max_size=8))
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from(["", "  ", "lora:\n  "]), KEYS, SCALARS), max_size=6))
+def test_any_lines_give_a_config_or_an_error(lines):
+    run_or_error("".join(f"{indent}{key}: {value}\n" for indent, key, value in lines).encode("utf-8", "surrogatepass"))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.binary(max_size=200))
+def test_any_bytes_give_a_config_or_an_error(data):
+    run_or_error(data)
+
+
+def test_mutated_config_yaml_gives_a_config_or_an_error():
+    draw, outcomes = random.Random(0), set()
+    for _ in range(400):
+        data = bytearray(YAML.encode())
+        for _ in range(draw.choice((1, 1, 2, 5))):
+            at = draw.randrange(len(data))
+            match draw.randrange(4):
+                case 0:
+                    data[at] = draw.randrange(256)
+                case 1:
+                    del data[at : at + draw.randrange(1, 40)]
+                case 2:
+                    data[at:at] = draw.choice([b"[", b"{", b"&a ", b"*a", b"\n", b"\t", b"'", b"!!", b"\x00", b"- ", b": "])
+                case 3:
+                    data[at:at] = data[draw.randrange(len(data)) :][:60]
+        outcomes.add(type(run_or_error(bytes(data))))
+    assert outcomes == {config.Config, str}
+
+
+# what is derived
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        config.Config,
+        train=st.text(min_size=1, max_size=20),
+        dev=st.none() | st.text(min_size=1, max_size=20),
+        run=st.none() | st.from_regex(r"\A[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,20}\Z"),
+        learning_rate=st.floats(min_value=1e-12, max_value=1e3),
+        lora=st.builds(config.Lora, alpha=st.floats(min_value=1e-3, max_value=1e6),
+                       target_modules=st.none() | st.just("all-linear") | st.lists(st.text(min_size=1, max_size=8), min_size=1)),
+        trackers=st.lists(st.text(min_size=1, max_size=8), max_size=3),
+    )
+)  # fmt: skip
+def test_a_dump_reads_back_equal(made):
+    text = config.dump(made)
+    assert yaml.safe_load(text).keys() == config.Config.model_fields.keys()
+    assert run_or_error(text) == made
+
+
+def test_the_rate_suits_tuning_and_encoder(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 384}')
+    for tuning, rate in config.DEFAULT_RATES.items():
+        assert config.load(["--tuning", tuning, "--pretrained", str(tmp_path)])[0].learning_rate == rate
+    assert set(config.DEFAULT_RATES) == set(config.get_args(config.TUNINGS))
+    (tmp_path / "config.json").write_text('{"hidden_size": 768}')
+    assert config.load(["--tuning", "full", "--pretrained", str(tmp_path)])[0].learning_rate == 2e-5
+    assert config.load(["--tuning", "lora", "--pretrained", str(tmp_path)])[0].learning_rate == 1e-3
+    assert config.load(["--tuning", "full", "--pretrained", "google-bert/bert-base-chinese"])[0].learning_rate == 2e-5
+    assert config.load(["--tuning", "full", "--learning_rate", "3e-3"])[0].learning_rate == 3e-3
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--learning_rate", "9e-5"], "below 1e-4 the loss falls and F1 stays 0"),
+    (["--tuning", "dora", "--learning_rate", "2e-5"], "below 1e-4 the loss falls and F1 stays 0"),
+    (["--tuning", "full", "--learning_rate", "1e-3"], "at 1e-3 and above"),
+    (["--learning_rate", "1e-4"], None),
+    (["--tuning", "full", "--learning_rate", "9e-4"], None),
+    (["--tuning", "freeze", "--learning_rate", "1e-2"], None),
+    ([], None),
+    (["--tuning", "full"], None),
+])  # fmt: skip
+def test_rates_that_are_known_to_fail_are_warned_about(argv, said):
+    warning = config.rate_warning(config.load(argv)[0])
+    assert warning is None if said is None else said in warning
+
+
+def test_paths_are_found_from_the_working_folder_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.resolve_path("config.yaml") == config.ROOT / "config.yaml"
+    (tmp_path / "config.yaml").write_text("")
+    assert config.resolve_path("config.yaml") == tmp_path / "config.yaml"
+    for odd in ("nosuch", "a\x00b", "x" * 5000, "~nobody-here/x"):
+        assert config.resolve_path(odd) is None
