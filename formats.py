@@ -10,7 +10,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from errors import UserError
@@ -54,8 +55,8 @@ class Corpus:
     def describe(self) -> str:
         """One log line: what was recognised, and the counts."""
         types = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.entities().items())) or "none"
-        return (f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, "
-                f"scheme {self.scheme}, entities: {types}, {self.repairs:,} repairs")
+        return (f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, scheme {self.scheme}, "
+                f"entities: {types}, {self.repairs:,} repairs")
 
     def warnings(self) -> list[str]:
         """What in this file was not as it should be, a line each."""
@@ -99,7 +100,9 @@ def decode(path: str) -> str:
         text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         try:
-            if wide or _mostly_utf8(data):  # a damaged file: as GB18030 it may decode to nonsense without an error
+            lossy = data.decode("utf-8", "replace")
+            bad = lossy.count("\ufffd")
+            if wide or bad * 2 < sum(not char.isascii() for char in lossy):  # damaged UTF-8: GB18030 may make it nonsense
                 raise error
             text = data.decode("gb18030")
         except UnicodeDecodeError as last:
@@ -113,17 +116,6 @@ def decode(path: str) -> str:
     return text if "\n" in text else text.replace("\r", "\n")
 
 
-def _mostly_utf8(data: bytes) -> bool:
-    text = data.decode("utf-8", "replace")
-    bad = text.count("\ufffd")
-    return bad < sum(not char.isascii() for char in text) - bad
-
-
-def _columns(path: str, text: str) -> Corpus:
-    """`character tag` lines, and CoNLL lines of more columns, of which the first and the last count."""
-    return _finish(path, _column_lines(path, text))
-
-
 def _fields(line: str) -> list[str]:
     """The columns of a line. Only space and tab part them; a line such as '  O' holds a space character."""
     parts = [part for part in line.rstrip("\r\n").replace("\t", " ").split(" ") if part]
@@ -132,7 +124,8 @@ def _fields(line: str) -> list[str]:
     return parts
 
 
-def _column_lines(path: str, text: str) -> Raw:
+def _columns(path: str, text: str) -> Raw:
+    """`character tag` lines, and CoNLL lines of more columns, of which the first and the last count."""
     counts = Counter()
     for line in io.StringIO(text, newline="\n"):
         if line.strip():
@@ -145,7 +138,7 @@ def _column_lines(path: str, text: str) -> Raw:
 
     known: dict[str, tuple[str, str] | None] = {}  # line as it stands → token and tag; None for a line that ends a block
     chars, tags, start = [], [], 0
-    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+    for number, line in enumerate(chain(io.StringIO(text, newline="\n"), [""]), 1):
         try:
             pair = known[line]
         except KeyError:
@@ -158,28 +151,27 @@ def _column_lines(path: str, text: str) -> Raw:
         elif chars:
             yield chars, tags, start
             chars, tags = [], []
-    if chars:
-        yield chars, tags, start
 
 
 def _parse(path: str, number: int, line: str, columns: int) -> tuple[str, str] | None:
-    if not line.strip():
-        return None
     fields = _fields(line)
-    if columns > 2 and (fields[0] == "-DOCSTART-" or fields[0] == "#" and not _is_tag(fields[-1])):
+    if not line.strip() or fields[0] == "-DOCSTART-" or columns > 2 and fields[0] == "#" and not _is_tag(fields[-1]):
         return None  # CoNLL's document mark, and a comment
     if len(fields) != columns:
         raise UserError(f"{path}:{number}: {len(fields)} field{'s' * (len(fields) > 1)} where the file has {columns}: "
                         f"{_quote(line)}; {FORM}")
     if not _is_tag(fields[-1]):
-        hint = "did you mean the letter O? " if fields[-1] in ("0", "o") else ""
-        raise UserError(f"{path}:{number}: {_quote(fields[-1])} is no tag; {hint}expected O, or a prefix of BIO, BIOES, "
-                        "BMES or BILOU, a hyphen and a type, such as B-PER")
+        raise _no_tag(f"{path}:{number}", fields[-1])
     return fields[0], fields[-1]
 
 
 def _is_tag(tag: str) -> bool:
     return tag == "O" or len(tag) > 2 and tag[0] in "BIESMLU" and tag[1] == "-"
+
+
+def _no_tag(where: str, tag: str) -> UserError:
+    return UserError(f"{where}: {_quote(tag)} is no tag; {'did you mean the letter O? ' * (tag in ('0', 'o'))}expected O, "
+                     "or a prefix of BIO, BIOES, BMES or BILOU, a hyphen and a type, such as B-PER")
 
 
 def _quote(text: str) -> str:
@@ -191,8 +183,7 @@ def _finish(path: str, sentences: Raw, line_a_char: bool = True) -> Corpus:
     """Recognises the scheme, turns every tag into IOB2, and counts what had to be repaired."""
     steps = _Steps()
     corpus = Corpus(path, [], "BIO", line_a_char=line_a_char)
-    orphans = loose = words = 0
-    raw = list(sentences)
+    raw, loose, words = list(sentences), 0, 0
     for chars, tags, line in raw:
         if tags.count("O") < len(tags):
             open_type, converted = None, []
@@ -200,9 +191,10 @@ def _finish(path: str, sentences: Raw, line_a_char: bool = True) -> Corpus:
                 tag, open_type, orphan, free = steps[open_type, tag]
                 converted.append(tag)
                 if orphan or free:
-                    orphans += orphan
+                    corpus.repairs += orphan
                     loose += free
-                    corpus.repair_line = corpus.repair_line or orphan and line + index * line_a_char
+                    if orphan and not corpus.repair_line:
+                        corpus.repair_line = line + index * line_a_char
         else:
             converted = tags
         words += sum(map(len, chars)) > len(chars) and sum(len(char) > 1 for char in chars)
@@ -215,9 +207,8 @@ def _finish(path: str, sentences: Raw, line_a_char: bool = True) -> Corpus:
     if not fitting:
         raise UserError(_mixture(path, raw, line_a_char))
     corpus.scheme = fitting[0]
-    corpus.repairs = orphans
     # In IOB1 an entity starts with I; B only parts it from a neighbour of its type, so hardly any B stands by itself.
-    if corpus.scheme == "BIO" and orphans > 20 * loose:
+    if corpus.scheme == "BIO" and corpus.repairs > 20 * loose:
         corpus.scheme, corpus.repairs, corpus.repair_line = "IOB1", 0, 0
     corpus.unit = "word" if words > 0.2 * corpus.characters else "character"
     return corpus
@@ -285,15 +276,12 @@ def _json_lines(path: str, text: str) -> Corpus:
         if chars:
             sentences.append((chars, tags, number))
     corpus = _finish(path, sentences, line_a_char=False)
-    corpus.scheme, corpus.unit, corpus.skipped = "offsets", "character", skipped
-    return corpus
+    return replace(corpus, scheme="offsets", unit="character", skipped=skipped)
 
 
 def _entities(where: str, record: dict) -> Iterator[tuple[int, int, str]]:
     """The (start, end, type) of one JSON line, half-open, checked against its text."""
-    text = record["text"]
-    key = next((key for key in ("label", "labels", "entities") if key in record), None)
-    listed = record.get(key)
+    text, listed = record["text"], next((record[key] for key in ("label", "labels", "entities") if key in record), None)
     if isinstance(listed, dict):  # CLUENER: {type: {entity: [[start, end]]}}, ends inclusive
         try:
             listed = [(start, end + 1, kind, name) for kind, names in listed.items()
@@ -306,16 +294,14 @@ def _entities(where: str, record: dict) -> Iterator[tuple[int, int, str]]:
                         "there is no entity")
     for entity in listed:
         if isinstance(entity, dict):
-            kind = next((entity[k] for k in ("type", "label", "labels") if k in entity), None)
-            kind = kind[0] if isinstance(kind, list) and kind else kind
-            entity = [next((entity[k] for k in keys if k in entity), None)
-                      for keys in (("start", "start_offset"), ("end", "end_offset"))] + [kind]
+            start, end, kind = (next((entity[key] for key in keys if key in entity), None) for keys in (
+                ("start", "start_offset"), ("end", "end_offset"), ("type", "label", "labels")))
+            entity = start, end, kind[0] if isinstance(kind, list) and kind else kind
         start, end, kind, *name = entity if isinstance(entity, (list, tuple)) and len(entity) > 2 else (None,) * 3
         if type(start) is not int or type(end) is not int or not isinstance(kind, str) or not kind.strip():
             raise UserError(f"{where}: {_quote(str(entity))} is no entity; expected [start, end, type]")
         if not 0 <= start < end <= len(text):
-            raise UserError(f"{where}: entity {_quote(str(entity))} lies outside its text of {len(text)} characters, "
-                            "or is empty")
+            raise UserError(f"{where}: entity {_quote(str(entity))} is empty or outside its text of {len(text)} characters")
         if name and text[start:end] != name[0]:
             raise UserError(f"{where}: the text at {start} to {end - 1} is {_quote(text[start:end])}, not "
                             f"{_quote(str(name[0]))}; CLUENER's ends are inclusive")
@@ -343,65 +329,62 @@ def _hub(path: str, split: str) -> Corpus:
     name, _, part = path.removeprefix("hub:").partition("@")
     name, _, subset = name.partition(":")
     try:
-        try:
-            load = datasets.load_from_disk if os.path.exists(f"{name}/dataset_dict.json") else datasets.load_dataset
-            found = load(name, *filter(None, [subset]))
-        except RuntimeError as error:
-            if "script" not in str(error):
-                raise
-            # The data set comes as a Python program, which is not run here; the hub keeps a converted copy.
-            found = datasets.load_dataset(name, subset or None, revision="refs/convert/parquet")
+        if os.path.exists(f"{name}/dataset_dict.json"):
+            found = datasets.load_from_disk(name)
+        else:
+            found = _from_hub(datasets.load_dataset, name, subset or None)
     except Exception as error:  # the library raises whatever lies below it: network, parser, disk
         raise UserError(f"{path}: the datasets library cannot load {name!r} ({_short(error)}); check the name, set "
                         "HF_ENDPOINT to a mirror, or give a local folder after hub:") from None
-    splits = {"train": ["train"], "dev": ["validation", "dev", "valid"], "test": ["test"]}
-    wanted = [part] if part else splits.get(split, [split])
+    wanted = [part] if part else {"dev": ["validation", "dev", "valid"]}.get(split, [split])
     part = next((choice for choice in wanted if choice in found), None)
     if part is None:
         raise UserError(f"{path}: has no split {' or '.join(wanted)}, but {', '.join(found)}; name one after @")
     rows = found[part]
-    tokens = next((column for column in ("tokens", "words") if column in rows.column_names), None)
-    column = next((column for column in ("ner_tags", "tags", "labels") if column in rows.column_names), None)
+    tokens, column = (next((name for name in names if name in rows.column_names), None)
+                      for names in (("tokens", "words"), ("ner_tags", "tags", "labels")))
     if not tokens or not column:
         raise UserError(f"{path}: has the columns {', '.join(rows.column_names)}; expected tokens and ner_tags or tags")
-    names = _tag_names(name, rows.features[column])
-    return _finish(path, _hub_rows(path, rows, tokens, column, names), line_a_char=False)
+    feature = getattr(rows.features[column], "feature", None)
+    names = {} if getattr(feature, "dtype", "") == "string" else _tag_names(name, feature)
+    return _finish(path, _hub_rows(path, zip(rows[tokens], rows[column]), names), line_a_char=False)
 
 
-def _hub_rows(path: str, rows, tokens: str, column: str, names) -> Raw:
-    for number, row in enumerate(rows, 1):
-        chars, tags = row[tokens], row[column]
-        if len(chars) != len(tags):
-            raise UserError(f"{path}:{number}: {len(chars)} tokens but {len(tags)} tags")
-        try:
-            tags = [tag if isinstance(tag, str) else names[tag] for tag in tags]
-        except (TypeError, LookupError):
-            raise UserError(f"{path}:{number}: the tags are numbers without names; expected a ClassLabel column, or a "
-                            "label.json beside the data") from None
-        bad = next((tag for tag in tags if not _is_tag(tag)), None)
-        if bad is not None:
-            raise UserError(f"{path}:{number}: {_quote(bad)} is no tag; expected O, or a prefix such as B-, and a type")
+def _from_hub(load, name: str, subset: str | None):
+    try:
+        return load(name, subset)
+    except RuntimeError as error:
+        if "script" not in str(error):
+            raise
+    return load(name, subset, revision="refs/convert/parquet")  # no program is run; the hub keeps a converted copy
+
+
+def _hub_rows(path: str, rows, names: dict[int, str]) -> Raw:
+    for number, (chars, tags) in enumerate(rows, 1):
+        where, chars, tags = f"{path}:{number}", chars or [], [names.get(tag, str(tag)) for tag in tags or []]
+        if len(chars) != len(tags) or not all(isinstance(char, str) for char in chars):
+            raise UserError(f"{where}: {len(chars)} tokens and {len(tags)} tags; expected a tag for each token, a text")
+        if bad := next((tag for tag in tags if not _is_tag(tag)), ""):
+            raise _no_tag(where, bad)
         if chars:
             yield chars, tags, number
 
 
-def _tag_names(name: str, feature) -> dict[int, str] | list[str] | None:
+def _tag_names(name: str, feature) -> dict[int, str]:
     """The names of numbered tags: from the column itself, or from the label.json that some data sets keep beside."""
-    inner = getattr(feature, "feature", feature)
-    if getattr(inner, "names", None) or getattr(inner, "dtype", None) == "string":
-        return getattr(inner, "names", None)
-    for place in ("label.json", "dataset/label.json"):
+    if getattr(feature, "names", None):
+        return dict(enumerate(feature.names))
+    for place in (f"{name}/label.json", f"{name}/dataset/label.json"):
         try:
-            if os.path.isdir(name):
-                file = os.path.join(name, place)
-            else:
+            if not os.path.isdir(name):
                 from huggingface_hub import hf_hub_download
-                file = hf_hub_download(name, place, repo_type="dataset")
-            with open(file, encoding="utf-8") as opened:
-                return {number: tag for tag, number in json.load(opened).items()}
-        except Exception:  # absent here, or no such file at the hub: the next place, then _hub_rows says what lacks
+                place = hf_hub_download(name, place.removeprefix(f"{name}/"), repo_type="dataset")
+            with open(place, encoding="utf-8") as file:
+                return {number: str(tag) for tag, number in json.load(file).items()}
+        except Exception:  # not there, or not that: the next place
             continue
-    return None
+    raise UserError(f"hub:{name}: its tags are numbers without names; expected a ClassLabel column or a label.json "
+                    "beside the data")
 
 
 def _short(error: Exception) -> str:
@@ -412,5 +395,5 @@ def _short(error: Exception) -> str:
 FORMATS = [
     (lambda head, suffix: suffix in (".json", ".jsonl") or head[0] == "{" and head[-1] == "}" and '"' in head,
      _json_lines),
-    (lambda head, suffix: True, _columns),
+    (lambda head, suffix: True, lambda path, text: _finish(path, _columns(path, text))),
 ]
