@@ -55,8 +55,8 @@ class Corpus:
     def describe(self) -> str:
         """One log line: what was recognised, and the counts."""
         types = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.entities().items())) or "none"
-        return (f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, scheme {self.scheme}, "
-                f"entities: {types}, {self.repairs:,} repairs")
+        return (f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, "
+                f"scheme {self.scheme}, entities: {types}, {self.repairs:,} repairs")
 
     def warnings(self) -> list[str]:
         """What in this file was not as it should be, a line each."""
@@ -65,7 +65,7 @@ class Corpus:
             found.append(f"{self.path}:{self.repair_line}: first of {self.repairs:,} orphan tags (an I-, M-, E- or L- "
                          "without the beginning of its entity): each was made to start an entity")
         if self.skipped:
-            found.append(f"{self.path}: {self.skipped:,} entities dropped, because they overlap a longer or earlier one")
+            found.append(f"{self.path}: {self.skipped:,} entities dropped, as they overlap a longer or earlier one")
         if not any(self.entities()):
             found.append(f"{self.path}: no entity in the whole file")
         return found
@@ -102,8 +102,8 @@ def decode(path: str) -> str:
         try:
             lossy = data.decode("utf-8", "replace")
             bad = lossy.count("\ufffd")
-            if wide or bad * 2 < sum(not char.isascii() for char in lossy):  # damaged UTF-8: GB18030 may make it nonsense
-                raise error
+            if wide or bad * 2 < sum(not char.isascii() for char in lossy):
+                raise error  # damaged UTF-8, which GB18030 might take and turn into nonsense
             text = data.decode("gb18030")
         except UnicodeDecodeError as last:
             worst = max(error, last, key=lambda e: e.start)
@@ -136,7 +136,7 @@ def _columns(path: str, text: str) -> Raw:
     if columns == 1 or counts[columns] * 2 <= counts.total():  # no table at all: measured as the plainest one
         columns = 2
 
-    known: dict[str, tuple[str, str] | None] = {}  # line as it stands → token and tag; None for a line that ends a block
+    known: dict[str, tuple[str, str] | None] = {}  # line → token and tag; None where it ends a block
     chars, tags, start = [], [], 0
     for number, line in enumerate(chain(io.StringIO(text, newline="\n"), [""]), 1):
         try:
@@ -170,8 +170,9 @@ def _is_tag(tag: str) -> bool:
 
 
 def _no_tag(where: str, tag: str) -> UserError:
-    return UserError(f"{where}: {_quote(tag)} is no tag; {'did you mean the letter O? ' * (tag in ('0', 'o'))}expected O, "
-                     "or a prefix of BIO, BIOES, BMES or BILOU, a hyphen and a type, such as B-PER")
+    hint = "did you mean the letter O? " if tag in ("0", "o") else ""
+    return UserError(f"{where}: {_quote(tag)} is no tag; {hint}expected O, or a prefix of BIO, BIOES, BMES or BILOU, "
+                     "a hyphen and a type, such as B-PER")
 
 
 def _quote(text: str) -> str:
@@ -201,7 +202,6 @@ def _finish(path: str, sentences: Raw, line_a_char: bool = True) -> Corpus:
         corpus.sentences.append(Sentence(chars, converted, line))
     if not raw:
         raise UserError(f"{path}:1: no sentence in it; {FORM}")
-
     seen = {tag[0] for _, tag in steps} - {"O"}
     fitting = [scheme for scheme, prefixes in SCHEMES.items() if seen <= set(prefixes)]
     if not fitting:
@@ -275,8 +275,8 @@ def _json_lines(path: str, text: str) -> Corpus:
         skipped += dropped
         if chars:
             sentences.append((chars, tags, number))
-    corpus = _finish(path, sentences, line_a_char=False)
-    return replace(corpus, scheme="offsets", unit="character", skipped=skipped)
+    found = _finish(path, sentences, line_a_char=False)
+    return replace(found, scheme="offsets", unit="character", skipped=skipped)
 
 
 def _entities(where: str, record: dict) -> Iterator[tuple[int, int, str]]:
@@ -301,7 +301,7 @@ def _entities(where: str, record: dict) -> Iterator[tuple[int, int, str]]:
         if type(start) is not int or type(end) is not int or not isinstance(kind, str) or not kind.strip():
             raise UserError(f"{where}: {_quote(str(entity))} is no entity; expected [start, end, type]")
         if not 0 <= start < end <= len(text):
-            raise UserError(f"{where}: entity {_quote(str(entity))} is empty or outside its text of {len(text)} characters")
+            raise UserError(f"{where}: {_quote(str(entity))} is empty or outside its text of {len(text)} characters")
         if name and text[start:end] != name[0]:
             raise UserError(f"{where}: the text at {start} to {end - 1} is {_quote(text[start:end])}, not "
                             f"{_quote(str(name[0]))}; CLUENER's ends are inclusive")

@@ -42,7 +42,8 @@ def sample(sentences: list[Sentence], n: int | None, seed: int) -> list[Sentence
 def label_list(*parts: Corpus | list[Sentence]) -> list[str]:
     """The labels of a model for these sentences: O, then B- and I- of each type, types sorted."""
     tags = {tag for part in parts for sentence in getattr(part, "sentences", part) for tag in sentence.tags}
-    return ["O"] + [prefix + kind for kind in sorted({tag[2:] for tag in tags if tag != "O"}) for prefix in ("B-", "I-")]
+    types = sorted({tag[2:] for tag in tags if tag != "O"})
+    return ["O"] + [prefix + kind for kind in types for prefix in ("B-", "I-")]
 
 
 @dataclass(slots=True)
@@ -75,8 +76,8 @@ class Units:
         self.prefix, self.suffix = self._special_tokens() if special_tokens else ([], [])
         self.room = max_length - len(self.prefix) - len(self.suffix)
         if self.room < 1:
-            raise UserError(f"max_length {max_length} leaves no room beside the {max_length - self.room} special tokens")
-        self.longest = max(1, self.room // 4)  # tokens kept of one unit: a giant word still has neighbours in its window
+            raise UserError(f"max_length {max_length} leaves no room beside {max_length - self.room} special tokens")
+        self.longest = max(1, self.room // 4)  # tokens kept of one unit: a giant word still has neighbours
         self.known: dict[str, tuple[int, ...]] = {}  # unit → its token ids
         self.dropped: set[str] = set()  # units of which the tokenizer leaves nothing
 
@@ -98,8 +99,9 @@ class Units:
         new = list(set(units) - self.known.keys())
         if not new:
             return
+        texts = [unit[:16 + 4 * self.longest] for unit in new]
         # Half a surrogate pair, which no tokenizer takes, becomes U+FFFD.
-        texts = [unit[:16 + 4 * self.longest].encode("utf-16", "surrogatepass").decode("utf-16", "replace") for unit in new]
+        texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
                                  return_token_type_ids=False, verbose=False)["input_ids"]
         spaces = {self.tokenizer.convert_tokens_to_ids(mark) for mark in ("▁", "Ġ")} - {None, self.unknown}
@@ -251,7 +253,7 @@ def viterbi(scores: list[np.ndarray], labels: list[str]) -> list[np.ndarray]:
     flat = np.concatenate([rows for rows in scores if len(rows)]).astype(np.float32)
     flat = np.nan_to_num(flat, copy=False, nan=-1e9, neginf=-1e9, posinf=1e9)
     inside = np.array([label.startswith("I-") for label in labels])
-    allowed = np.array([[not after.startswith("I-") or before[1:] == after[1:] for after in labels] for before in labels])
+    allowed = np.array([[after[:2] != "I-" or before[1:] == after[1:] for after in labels] for before in labels])
     begins = np.cumsum([0] + [n for n in lengths if n])[:-1]
     flat[begins[:, None], np.flatnonzero(inside)] = FORBIDDEN  # no sentence starts inside an entity
     path = flat.argmax(axis=1)
@@ -269,7 +271,7 @@ def viterbi(scores: list[np.ndarray], labels: list[str]) -> list[np.ndarray]:
 
 
 def _solve(flat: np.ndarray, begins: np.ndarray, steps: np.ndarray, path: np.ndarray) -> None:
-    """Viterbi over the stretches of `flat` [N, labels] that begin at `begins`; writes `path` where they are longer than 1.
+    """Viterbi over the stretches of `flat` [N, labels] that begin at `begins`; writes those longer than 1 into `path`.
 
     Stretches of like length (to the next power of two) are padded with rows in which only O, label 0, costs nothing.
     """

@@ -75,9 +75,10 @@ def _file(corpus: Corpus, forms: dict, units, max_length: int) -> dict:
         "scheme": corpus.scheme, "repairs": corpus.repairs, "skipped": corpus.skipped,
         "types": {kind: {"count": count.total(), "forms": len(count), "examples": dict(count.most_common(5))}
                   for kind, count in sorted(types.items())},
-        "lengths": {"of": "tokens" if units else corpus.unit + "s", "min": lengths[0], "mean": sum(lengths) / len(lengths),
-                    "median": lengths[len(lengths) // 2], "p95": lengths[len(lengths) * 95 // 100], "max": lengths[-1],
-                    "room": room, "need_windows": long, "need_windows_share": long / len(lengths)},
+        "lengths": {"of": "tokens" if units else corpus.unit + "s", "min": lengths[0], "max": lengths[-1],
+                    "mean": sum(lengths) / len(lengths), "median": lengths[len(lengths) // 2],
+                    "p95": lengths[len(lengths) * 95 // 100], "room": room, "need_windows": long,
+                    "need_windows_share": long / len(lengths)},
         "rare": [kind for kind, count in sorted(types.items()) if count.total() < RARE],
         "warnings": corpus.warnings() + compare(corpus, corpus),
     }
@@ -103,16 +104,16 @@ def render(report: dict, colour: bool) -> str:
     for file in report["files"]:
         length = file["lengths"]
         lines += [paint("1", file["path"]),
-                  f"  {file['sentences']:,} sentences, {file['characters']:,} {file['unit']}s, scheme {file['scheme']}, "
-                  f"{file['repairs']:,} repairs",
+                  f"  {file['sentences']:,} sentences, {file['characters']:,} {file['unit']}s, "
+                  f"scheme {file['scheme']}, {file['repairs']:,} repairs",
                   f"  lengths in {length['of']}: {length['min']:,} to {length['max']:,}, mean {length['mean']:.1f}, "
                   f"median {length['median']:,}, 95% up to {length['p95']:,}; {length['need_windows']:,} "
                   f"({length['need_windows_share']:.2%}) are longer than {length['room']:,} and need windows"]
         width = max(map(len, file["types"]), default=0)
         for kind, found in file["types"].items():
             examples = ", ".join(f"{_show(form)} {count:,}" for form, count in found["examples"].items())
-            lines.append(f"  {paint('36', kind.ljust(width))} {found['count']:>8,} entities, {found['forms']:>6,} forms: "
-                         f"{examples}")
+            lines.append(f"  {paint('36', kind.ljust(width))} {found['count']:>8,} entities, "
+                         f"{found['forms']:>6,} forms: {examples}")
         if tokens := file.get("tokenizer"):
             lines.append(f"  tokenizer: {tokens['tokens_a_unit']:.2f} tokens a {file['unit']}; "
                          f"unknown {tokens['unknown_share']:.2%}{_some(tokens['unknown_examples'])}; "

@@ -93,7 +93,7 @@ def _write(path: Path, sentences: list) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}); make room or give the folder to this user") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room, or allow writing there") from None
 
 
 @command

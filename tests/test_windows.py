@@ -14,10 +14,39 @@ import loader
 from errors import UserError
 
 KINDS = {"wordpiece": tiny.wordpiece, "sentencepiece": tiny.sentencepiece, "bytelevel": tiny.bytelevel}
-AWKWARD = ["\u3000", " ", "\t", "\u200b", "\u200d", "\ufeff", "\x00", "\x7f", "\u0301", "龘", "𠮷", "👨‍👩‍👧", "🇨🇳", "ﷺ", "①",
-           "㎏", "…", "ﬁ", "\ud83d", "\ue000", "‏", "▁", "Ġ", "<s>", "[CLS]", "[PAD]", "İ", "ß"]
-characters = st.one_of(st.characters(), st.sampled_from(list(tiny.TEXT)), st.sampled_from("。！？，、；"),
-                       st.sampled_from(AWKWARD))
+AWKWARD = [
+    "\u3000",
+    " ",
+    "\t",
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "\x00",
+    "\x7f",
+    "\u0301",
+    "龘",
+    "𠮷",
+    "👨‍👩‍👧",
+    "🇨🇳",
+    "ﷺ",
+    "①",
+    "㎏",
+    "…",
+    "ﬁ",
+    "\ud83d",
+    "\ue000",
+    "‏",
+    "▁",
+    "Ġ",
+    "<s>",
+    "[CLS]",
+    "[PAD]",
+    "İ",
+    "ß",
+]
+characters = st.one_of(
+    st.characters(), st.sampled_from(list(tiny.TEXT)), st.sampled_from("。！？，、；"), st.sampled_from(AWKWARD)
+)
 texts = st.lists(characters, max_size=120)
 
 
@@ -50,17 +79,21 @@ def test_each_unit_is_owned_once_and_seen_whole(kind, chars, max_length, special
         assert window.start <= window.own_start < window.own_end <= window.end and window.total == len(chars)
         assert len(window.ids) <= max_length and len(window.first) == window.end - window.start
         before, after = len(made.prefix), len(made.suffix)
-        middle = window.ids[before:len(window.ids) - after]
+        middle = window.ids[before : len(window.ids) - after]
         stop = first[window.end] if window.end < len(chars) else len(ids)
-        assert middle == ids[first[window.start]:stop], "a window is a slice of the sentence's tokens"
+        assert middle == ids[first[window.start] : stop], "a window is a slice of the sentence's tokens"
         assert all(window.ids[place] == ids[first[unit]] for place, unit in positions(window))
-        assert window.ids[:before] == made.prefix and window.ids[len(window.ids) - after:] == made.suffix
+        assert window.ids[:before] == made.prefix and window.ids[len(window.ids) - after :] == made.suffix
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(sentences=st.lists(st.lists(characters, max_size=50), max_size=8), max_length=st.integers(3, 30),
-       size=st.integers(1, 5), seed=st.one_of(st.none(), st.integers(0, 9)))
+@given(
+    sentences=st.lists(st.lists(characters, max_size=50), max_size=8),
+    max_length=st.integers(3, 30),
+    size=st.integers(1, 5),
+    seed=st.one_of(st.none(), st.integers(0, 9)),
+)
 def test_what_goes_out_in_batches_comes_back_in_place(kind, sentences, max_length, size, seed):
     made = units(kind, max_length)
     gold = [[(7 * index + place) % 11 for place in range(len(chars))] for index, chars in enumerate(sentences)]
@@ -131,7 +164,11 @@ def test_no_mark_of_a_space_is_left_before_a_character():
 
 
 def test_special_tokens_only_where_they_are_wanted():
-    for kind, marks in {"wordpiece": ("[CLS]", "[SEP]"), "sentencepiece": ("<s>", "</s>"), "bytelevel": ("<s>", "</s>")}.items():
+    for kind, marks in {
+        "wordpiece": ("[CLS]", "[SEP]"),
+        "sentencepiece": ("<s>", "</s>"),
+        "bytelevel": ("<s>", "</s>"),
+    }.items():
         with_them, without = (units(kind, special_tokens=wanted).windows([["北"]])[0] for wanted in (True, False))
         first, *middle, last = with_them.ids
         assert tuple(tokenizer(kind).convert_ids_to_tokens([first, last])) == marks and middle == without.ids
@@ -181,15 +218,19 @@ def test_batches_hold_like_lengths_in_an_order_drawn_from_the_seed():
     assert longest != sorted(longest, reverse=True) and max(map(len, first)) == 16
     ordered = [len(w.ids) for batch in loader.batches(windows, 16, None) for w in batch]
     assert ordered == sorted(ordered, reverse=True)
-    assert {frozenset(w.sentence for w in batch) for batch in first} != {frozenset(w.sentence for w in b) for b in other}
+    assert {frozenset(w.sentence for w in batch) for batch in first} != {
+        frozenset(w.sentence for w in b) for b in other
+    }
 
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 
 
 def well_formed(path, labels):
-    return all(not labels[b].startswith("I-") or a is not None and labels[a][1:] == labels[b][1:]
-               for a, b in itertools.pairwise([None, *path]))
+    return all(
+        not labels[b].startswith("I-") or a is not None and labels[a][1:] == labels[b][1:]
+        for a, b in itertools.pairwise([None, *path])
+    )
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -198,9 +239,18 @@ def test_viterbi_finds_the_best_well_formed_path(data):
     scores = [np.random.default_rng(seed).normal(size=(n, len(LABELS))).astype(np.float32) for n, seed in data]
     for rows, path in zip(scores, loader.viterbi(scores, LABELS), strict=True):
         assert len(path) == len(rows) and well_formed(path, LABELS)
-        best = max((sum(rows[t, label] for t, label in enumerate(guess))
-                    for guess in itertools.product(range(len(LABELS)), repeat=len(rows)) if well_formed(guess, LABELS)),
-                   default=0) if len(rows) < 6 else None
+        best = (
+            max(
+                (
+                    sum(rows[t, label] for t, label in enumerate(guess))
+                    for guess in itertools.product(range(len(LABELS)), repeat=len(rows))
+                    if well_formed(guess, LABELS)
+                ),
+                default=0,
+            )
+            if len(rows) < 6
+            else None
+        )
         if best is not None:
             assert sum(rows[t, label] for t, label in enumerate(path)) == pytest.approx(best, abs=1e-4)
 
@@ -228,7 +278,9 @@ def test_viterbi_on_long_sentences_is_the_textbooks(sharpness):
         assert well_formed(path, labels)
         if len(rows):
             plain = plain_viterbi(rows.astype(np.float32), labels)
-            assert rows[np.arange(len(rows)), path].sum() == pytest.approx(rows[np.arange(len(rows)), plain].sum(), abs=1e-2)
+            assert rows[np.arange(len(rows)), path].sum() == pytest.approx(
+                rows[np.arange(len(rows)), plain].sum(), abs=1e-2
+            )
 
 
 def test_viterbi_survives_what_a_broken_model_gives():
@@ -261,4 +313,15 @@ def test_units_of_a_text_keep_their_offsets(text):
 
 def test_words_of_a_text():
     assert [unit for unit, _, _ in loader.text_units("IL-2 isn't (NF-kappa B) 3.5%, ok.", "word")] == [
-        "IL-2", "isn't", "(", "NF-kappa", "B", ")", "3.5", "%", ",", "ok", "."]
+        "IL-2",
+        "isn't",
+        "(",
+        "NF-kappa",
+        "B",
+        ")",
+        "3.5",
+        "%",
+        ",",
+        "ok",
+        ".",
+    ]

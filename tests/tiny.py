@@ -1,4 +1,4 @@
-"""Tiny tokenizers, encoders and corpora, built in code so that tests need no download. Seeded: the same on every call."""
+"""Tiny tokenizers, encoders and corpora, built in code so that tests need no download. The same on every call."""
 
 import random
 from pathlib import Path
