@@ -22,7 +22,7 @@ from pathlib import Path
 
 from errors import UserError, command
 
-CHUNK_TEXTS, CHUNK_CHARACTERS = 4096, 65536  # a chunk ends with the text that reaches either
+CHUNK_TEXTS, CHUNK_CHARACTERS = 2048, 65536  # a chunk ends with the text that reaches either
 COLOURS = (117, 216, 120, 183, 222, 211, 123, 153, 187, 225)  # of 256; all light, so that black text is read on them
 _LONE = re.compile("[\ud800-\udfff]")  # surrogates without a partner, which no tokenizer takes
 
@@ -348,7 +348,7 @@ def _prompt(predictor: Predictor, colour: bool) -> None:
 
 
 def _share(options, folder: Path, rank: int, world: int) -> None:
-    """One process's part under torchrun or accelerate launch: every world-th chunk of the input.
+    """One process's part under `torchrun -- predict.py …` or accelerate launch: every world-th chunk of the input.
 
     Each chunk becomes a file in a folder beside the output; the first process joins them in the input's order as they
     appear. A number that the first one draws names the folder, so that nothing of an earlier launch is read.
