@@ -185,7 +185,8 @@ def opened(run: Path, writes: bool):
     finally:
         for handler in handlers:
             logging.root.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):
+                handler.close()
         if fresh and run.is_dir() and not {path.name for path in run.iterdir()} - {"train.log", "config.yaml", "environment.json"}:
             if sys.exc_info()[0] is not None:
                 shutil.rmtree(run, ignore_errors=True)
@@ -263,9 +264,12 @@ def load(run: Path):
             values = json.loads((file.metadata() or {})["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         kinds = {field.name: type(getattr(Progress(), field.name)) for field in dataclasses.fields(Progress)}
-        if set(values) != set(kinds) or not all(isinstance(values[key], kind) or (kind is float and type(values[key]) is int)
-                                                for key, kind in kinds.items() if key != "best"):  # fmt: skip
-            raise ValueError("its progress has other keys or types")
+        odd = [key for key, kind in kinds.items() if key != "best" and not isinstance(values[key], (kind, int) if kind is float else kind)]
+        scored = [line["dev"]["micro"]["f1"] + line["epoch"] for line in values["history"]]  # numbers, all of them
+        if odd or set(values) != set(kinds) or len(scored) != values["epoch"] or values["micro_batch"] < 1 or values["step"] < 0:
+            raise ValueError(f"its progress does not add up {odd or ''}")
+        if values["best"] not in (range(1, len(scored) + 1) if scored else (None,)):
+            raise ValueError(f"its best epoch is {values['best']}")
         return tensors, Progress(**values)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint of this program, or damaged ({error}); start a new run") from None
@@ -275,16 +279,18 @@ def restore(optimizer, tensors: dict, scale: float, path: Path) -> None:
     """Puts the tensors of a checkpoint into the model's trained weights and the optimizer. Raises UserError."""
     import torch
 
-    wanted = {f"weight/{name}": weight for name, weight in optimizer.masters.items()}
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith("weight/")}
-    if {name: tensor.shape for name, tensor in found.items()} != {name: weight.shape for name, weight in wanted.items()}:
-        raise UserError(f"{path}: its weights do not fit the model; were the encoder or the code changed since?")
+    moments = {"exp_avg", "exp_avg_sq"}
     with torch.no_grad():
         for name, weight in optimizer.masters.items():
-            weight.copy_(tensors[f"weight/{name}"])
-            kinds = {kind: tensors.get(f"{kind}/{name}") for kind in ("step", "exp_avg", "exp_avg_sq")}
-            if all(value is not None for value in kinds.values()):
-                optimizer.adamw.state[weight] = {kind: value.to(weight.device) for kind, value in kinds.items()}
+            found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in ("weight", "step", *moments)}
+            shapes = {kind: tensor.shape for kind, tensor in found.items() if tensor is not None}
+            if shapes not in ({"weight": weight.shape}, dict.fromkeys(("weight", *moments), weight.shape) | {"step": torch.Size()}):
+                raise UserError(f"{path}: {name} does not fit the model; was the encoder changed since? start a new run")
+            weight.copy_(found.pop("weight"))
+            if len(shapes) > 1:
+                optimizer.adamw.state[weight] = {kind: tensor.to(weight.device) for kind, tensor in found.items()}
+    if tensors:
+        raise UserError(f"{path}: {next(iter(tensors))} is of no weight of the model; start a new run")
     optimizer.scale = scale
     optimizer.write_back()
 

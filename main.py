@@ -86,6 +86,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     data = checkpoint.digest(corpus.sentences, labels, steps)
     at = keeper.resumed(data) or checkpoint.Progress(data=data, micro_batch=config.batch_size)
     if config.trackers:
+        devices.project_configuration.logging_dir = str(run)
         devices.init_trackers("ner", {key: str(value) for key, value in config.model_dump().items()})
 
     def rate_at(step: int) -> float:

@@ -1,0 +1,108 @@
+"""Runs of the real commands for the tests: in this process, or in one of its own that can be killed.
+
+Processes are forked from a server that has imported everything already and run nothing, so each starts in no time.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "model", "tagger", "parallel", "fast", "report",
+           "seqeval.metrics.v1", "seqeval.scheme", "tqdm.contrib.logging"]  # fmt: skip
+
+
+@functools.cache
+def world() -> Path:
+    """A folder with an encoder and the files train, dev and test, which `full` learns in three epochs."""
+    folder = Path(tempfile.mkdtemp(prefix="ner-tests-"))
+    tiny.encoder(folder / "encoder")
+    for name, count, seed in (("train", 200, 0), ("dev", 40, 1), ("test", 40, 2)):
+        tiny.corpus(folder / name, count, seed)
+    return folder
+
+
+def argv(output, **keys) -> list[str]:
+    """The command line of main.py for a tiny run; **keys replace or add keys, None meaning null."""
+    here = world()
+    settings = {"train": here / "train", "dev": here / "dev", "test": here / "test", "pretrained": here / "encoder",
+                "output": output, "run": "run", "tuning": "full", "learning_rate": 5e-3, "epochs": 2, "max_length": 64,
+                "precision": "fp32"} | keys  # fmt: skip
+    return [part for key, value in settings.items() for part in (f"--{key.replace('lora_', 'lora.')}", "null" if value is None else str(value))]
+
+
+class Process:
+    """main.py in a process of its own. `environment`: variables it gets; `output`: all that it printed."""
+
+    def __init__(self, arguments: list[str], environment: dict | None = None, folder=None):
+        self._file = tempfile.NamedTemporaryFile(suffix=".txt")
+        self._process = _server().Process(target=_child, args=(list(map(str, arguments)), self._file.name, environment or {}, folder or ROOT))
+        self._process.start()
+
+    @property
+    def output(self) -> str:
+        return Path(self._file.name).read_text("utf-8")
+
+    @property
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def send(self, number: int) -> None:
+        if self.running:
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self._process.join(20)
+
+    def wait(self, seconds: float = 90) -> int:
+        """The exit code; a process that takes longer is killed, and the test fails."""
+        self._process.join(seconds)
+        if self.running:
+            self.kill()
+            raise AssertionError(f"still running after {seconds} seconds:\n{self.output}")
+        return self._process.exitcode
+
+
+def until(condition, process: Process | None = None, seconds: float = 60) -> bool:
+    """Waits for a condition, polled as fast as it goes; False when the process has ended without it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if process and not process.running:
+            return bool(condition())
+    raise AssertionError(f"waited {seconds} seconds in vain" + (f":\n{process.output}" if process else ""))
+
+
+@functools.cache
+def _server():
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS"), "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+    return context
+
+
+def _child(arguments, output, environment, folder):
+    handle = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ |= environment
+    os.chdir(folder)
+    sys.argv = ["main.py", *arguments]
+    import main
+
+    main.main(arguments)

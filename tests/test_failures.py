@@ -1,0 +1,259 @@
+"""Failing surroundings: full disks, folders that go away, losses that are not finite, memory that does not suffice."""
+
+import contextlib
+import json
+import logging
+import math
+import resource
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import evaluate
+import main
+import model as models
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 1000):
+    """Meanwhile the system refuses to write a file past `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def failing(real, which):
+    """The function, on a full disk at those of its calls (from 1) that are in `which`."""
+    calls = []
+
+    def wrapped(*arguments, **keys):
+        calls.append(1)
+        with full_disk() if len(calls) in which else contextlib.nullcontext():
+            return real(*arguments, **keys)
+
+    return wrapped
+
+
+def ended(arguments) -> int:
+    try:
+        main.main(arguments)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def lines(run):
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in read]
+
+
+def log(run) -> str:
+    return (run / "train.log").read_text("utf-8")
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Dev scores as if the second epoch were the best of four."""
+    def score_sentences(tagger, sentences, devices=None, real=evaluate.score_sentences, grades=[]):
+        scores, predicted, loss = real(tagger, sentences, devices)
+        if tagger.model.training:
+            grades.append(1)
+            scores["micro"]["f1"] = (0.1, 0.9, 0.5, 0.4)[(len(grades) - 1) % 4]
+        return scores, predicted, loss
+
+    monkeypatch.setattr(evaluate, "score_sentences", score_sentences)
+
+
+@pytest.mark.parametrize(("where", "name"), [(checkpoint, "save"), (models, "save"), (checkpoint, "write")])
+def test_one_full_disk_is_survived_and_nothing_is_lost(tmp_path, monkeypatch, graded, where, name):
+    main.main(runs.argv(tmp_path, run="whole", epochs=4))
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, failing(getattr(where, name), {4} if name == "write" else {2}))
+        assert ended(runs.argv(tmp_path, epochs=4)) == 0
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    warnings = [line for line in log(run).splitlines() if "WARNING" in line and "cannot be written" in line]
+    assert len(warnings) == 1 and str(run) in warnings[0]
+    assert lines(run) == lines(whole) and max(range(4), key=lambda i: lines(run)[i]["dev"]["micro"]["f1"]) == 1
+    for file in ("model/model.safetensors", "checkpoint/state.safetensors"):
+        ours, theirs = load_file(run / file), load_file(whole / file)
+        assert all(ours[key].equal(theirs[key]) for key in ours | theirs)
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_the_last_checkpoint_is_whole(tmp_path, monkeypatch, capsys):
+    main.main(runs.argv(tmp_path, run="whole", epochs=4))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", failing(checkpoint.save, {2, 3}))
+        assert ended(runs.argv(tmp_path, epochs=4)) == 2
+    run, text = tmp_path / "run", capsys.readouterr().err
+    assert text.startswith(f"error: {run}") and "second time" in text and text.count("\n") == 1
+    assert checkpoint.load(run)[1].epoch == 1
+    assert ended(["--resume", str(run)]) == 0
+    assert lines(run) == lines(tmp_path / "whole"), "what was whole goes on once there is room"
+
+
+@pytest.mark.parametrize(("which", "code"), [({2}, 0), ({2, 3}, 2)])
+def test_after_the_last_epoch_it_is_tried_once_more(tmp_path, monkeypatch, which, code):
+    monkeypatch.setattr(checkpoint, "save", failing(checkpoint.save, which))
+    assert ended(runs.argv(tmp_path, epochs=2)) == code
+    assert (tmp_path / "run" / "test.json").exists() == (code == 0)
+
+
+@pytest.mark.parametrize("how", ["deleted", "a file"])
+def test_a_folder_that_goes_away_in_mid_run_is_named(tmp_path, monkeypatch, capsys, how):
+    run = tmp_path / "run"
+
+    def keep(self, progress, is_best=False, real=checkpoint.Keeper.keep):
+        if progress.epoch == 2:
+            shutil.rmtree(run if how == "deleted" else run / "checkpoint", ignore_errors=True)
+            if how == "a file":
+                (run / "checkpoint").write_text("")
+        real(self, progress, is_best)
+
+    monkeypatch.setattr(checkpoint.Keeper, "keep", keep)
+    assert ended(runs.argv(tmp_path, epochs=4)) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: {run}") and output.err.count("\n") == 1
+    assert "tries again at the next checkpoint" in output.out
+    assert how == "a file" or not run.exists()
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
+    handler = logging.FileHandler
+    monkeypatch.setattr(logging, "FileHandler", lambda path, **keys: handler("/dev/full", **keys))
+    assert ended(runs.argv(tmp_path)) == 0
+    assert (tmp_path / "run" / "test.json").exists()
+
+
+@pytest.mark.parametrize("output", ["file", "file/below", "/proc/runs"])
+def test_an_output_folder_that_cannot_be_made_is_named_at_once(tmp_path, capsys, output):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / output
+    assert ended(runs.argv(output)) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: {output}") and "--output" in text and text.count("\n") == 1
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path, capsys):
+    assert ended(runs.argv(tmp_path / "out", train=tmp_path / "missing")) == 2
+    assert ended(runs.argv(tmp_path / "out", pretrained=tmp_path)) == 2
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run_with_all_that_is_needed(tmp_path, monkeypatch, capsys, kind):
+    calls = []
+
+    def loss_sum(logits, labels, real=models.loss_sum):
+        loss, count = real(logits, labels)
+        calls.append(1)
+        if len(calls) == 16:  # the third step of the second epoch
+            if kind == "loss":
+                return loss * math.nan, count
+            logits.register_hook(lambda gradient: gradient * math.inf)
+        return loss, count
+
+    monkeypatch.setattr(models, "loss_sum", loss_sum)
+    assert ended(runs.argv(tmp_path, max_train_sentences=200, warmup_ratio=0)) == 2
+    text, run = capsys.readouterr().err, tmp_path / "run"
+    assert "epoch 2, step 3" in text and text.count("\n") == 1
+    assert f"learning rate {5e-3 * 11 / 26:g}" in text
+    named = [int(number) for number in text.partition(" lines ")[2].partition(";")[0].split(", ")]
+    blocks = (runs.world() / "train").read_text("utf-8").split("\n")
+    assert 1 <= len(named) <= 16 and all(number == 1 or blocks[number - 2] == "" for number in named)
+    assert text.removeprefix("error: ").strip() in log(run), "the log has it too"
+    assert checkpoint.load(run)[1].epoch == 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load(run)[0].values())
+
+
+def test_a_learning_rate_from_another_world_is_caught(tmp_path, capsys):
+    assert ended(runs.argv(tmp_path, learning_rate=1e30, max_grad_norm=1e30)) == 2
+    text = capsys.readouterr().err
+    assert "is not finite" in text or "learning rate" in text and "e+" in text
+    assert not (tmp_path / "run" / "test.json").exists()
+
+
+def scarce(limit):
+    """loss_sum of a device that has memory for `limit` windows."""
+    def loss_sum(logits, labels, real=models.loss_sum):
+        if len(labels) > limit:
+            loss, _ = real(logits, labels)
+            loss.backward()  # half a gradient is there already when memory runs out
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(logits, labels)
+
+    return loss_sum
+
+
+def test_out_of_memory_halves_the_batch_and_computes_the_same(tmp_path, monkeypatch):
+    main.main(runs.argv(tmp_path, run="whole", dropout=0))
+    monkeypatch.setattr(models, "loss_sum", scarce(5))
+    assert ended(runs.argv(tmp_path, dropout=0)) == 0
+    said = [line for line in log(tmp_path / "run").splitlines() if "out of memory" in line]
+    assert len(said) == 2 and "16 windows x" in said[0] and "is 8 windows" in said[0] and "is 4 windows" in said[1]
+    for ours, theirs in zip(lines(tmp_path / "run"), lines(tmp_path / "whole"), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=1e-3)
+    assert checkpoint.load(tmp_path / "run")[1].micro_batch == 4, "a resumed run remembers"
+
+
+def test_no_memory_for_a_single_window_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "loss_sum", scarce(0))
+    assert ended(runs.argv(tmp_path)) == 2
+    assert "out of memory on one window of" in capsys.readouterr().err
+
+
+def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
+    def loss_sum(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(models, "loss_sum", loss_sum)
+    with pytest.raises(RuntimeError, match="something else"):
+        main.main(runs.argv(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["same", None])
+def test_runs_started_in_the_same_instant_get_folders_of_their_own(tmp_path, name):
+    made, gate = [], threading.Barrier(16)
+
+    def start():
+        gate.wait()
+        made.extend(checkpoint.new_run(tmp_path, name) for _ in range(5))
+
+    threads = [threading.Thread(target=start) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == len(made) == 80 and {Path(path) for path in tmp_path.iterdir()} == set(made)
+
+
+def test_two_runs_of_one_name_share_nothing(tmp_path):
+    both = [runs.Process(runs.argv(tmp_path, seed=seed)) for seed in (1, 2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-2"]
+    for run in tmp_path.iterdir():
+        assert log(run).count("epoch 1 begin") == 1 and (run / "test.json").exists()
+    assert lines(tmp_path / "run") != lines(tmp_path / "run-2")
+
+
+def test_a_report_that_fails_loses_no_run(tmp_path, monkeypatch):
+    import report
+
+    def write(_):
+        raise ValueError("no page today")
+
+    monkeypatch.setattr(report, "write", write)
+    assert ended(runs.argv(tmp_path)) == 0
+    assert "no page today" in log(tmp_path / "run") and (tmp_path / "run" / "test.json").exists()
