@@ -15,6 +15,8 @@ import torch
 from config import resolve_path
 from errors import UserError
 
+ANSWER_SECONDS = 5  # that the hub is given
+
 
 def find(name: str) -> tuple[str, str]:
     """(what transformers loads, what ner.json remembers): twice an absolute path for a folder, a name for the hub's."""
@@ -34,14 +36,15 @@ def find(name: str) -> tuple[str, str]:
 def _on_hub(name: str) -> str:
     """The folder of an encoder in the hub's local cache, else its name once the hub has answered for it."""
     import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     cached = hub.try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str) and any(path.exists() for path in weight_files(Path(cached).parent)):
         return str(Path(cached).parent)
-    what, endpoint = f"pretrained {name}", hub.constants.ENDPOINT
+    what, endpoint = f"pretrained {name}", constants.ENDPOINT
     try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=5)
+        url = hub.hf_hub_url(name, "config.json", endpoint=endpoint)
+        hub.get_hf_file_metadata(url, timeout=ANSWER_SECONDS, endpoint=endpoint)
     except errors.GatedRepoError:
         raise UserError(f"{what}: the hub asks for a login; run `hf auth login` or give a local folder") from None
     except errors.RepositoryNotFoundError:

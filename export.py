@@ -186,8 +186,9 @@ def push(run, name: str) -> str:
     folder goes merged, or with its encoder where it cannot be merged. Raises UserError.
     """
     import huggingface_hub as hub
+    from huggingface_hub import constants, errors
 
-    run, endpoint = Path(run), hub.constants.ENDPOINT
+    run, endpoint = Path(run), constants.ENDPOINT
     meta, card = models.read_meta(run / "model"), write_card(run)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
@@ -208,7 +209,7 @@ def push(run, name: str) -> str:
             with encoder.quiet():
                 url = api.create_repo(name, exist_ok=True)
                 api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="A tagger and its card")
-        except hub.errors.LocalTokenNotFoundError:
+        except errors.LocalTokenNotFoundError:
             raise UserError(f"--push_to_hub {name}: not logged in; run `hf auth login` or set HF_TOKEN") from None
         except Exception as error:  # no network, no rights, a wrong name, a full quota
             reason = encoder.first_line(error)

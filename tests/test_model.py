@@ -1,0 +1,567 @@
+"""Models on disk: what is saved is what is loaded, for every tuning; every damage is named."""
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import config
+import encoder
+import model
+from errors import UserError
+
+LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+SHARED = config.ROOT.parent / "shared" / "candidate_encoder"
+LORAS = ("lora", "dora", "rslora", "adalora")
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory):
+    """Folders of a tiny BERT (WordPiece, 128 positions) and a tiny RoBERTa (byte-level, 64 positions, 66 rows)."""
+    from transformers import RobertaConfig, RobertaModel
+
+    bert = tiny.encoder(tmp_path_factory.mktemp("bert"))
+    roberta = tmp_path_factory.mktemp("roberta")
+    tokenizer = tiny.bytelevel(roberta)
+    torch.manual_seed(0)
+    RobertaModel(RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=66, pad_token_id=tokenizer.pad_token_id,
+    )).save_pretrained(roberta)  # fmt: skip
+    return {"bert": bert, "roberta": roberta}
+
+
+def settings(pretrained, *argv):
+    return config.load(["--pretrained", str(pretrained), "--lora.r", "4", *argv])[0]
+
+
+def built(pretrained, *argv, unit="character"):
+    """A model whose trained weights have been moved off their initial values, as training moves them."""
+    torch.manual_seed(0)
+    network, tokenizer, meta = model.build(settings(pretrained, *argv), LABELS, unit)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    return network.eval(), tokenizer, meta
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 70, (3, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 6:], mask[2, 2:] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def logits(network, inputs=None):
+    inputs = inputs or batch()
+    return network(**inputs).logits[inputs["attention_mask"].bool()]
+
+
+def train(network, steps=6):
+    """A few steps as the loop takes them; the losses."""
+    inputs, losses = batch(), []
+    labels = torch.randint(0, len(LABELS), inputs["input_ids"].shape, generator=torch.Generator().manual_seed(2))
+    labels[inputs["attention_mask"] == 0] = -100
+    optimizer = torch.optim.AdamW([weight for weight in network.parameters() if weight.requires_grad], 5e-3)
+    for step in range(1, steps + 1):
+        loss, count = model.loss_sum(network(**inputs).logits, labels)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(network, step, steps)
+        losses.append(loss.item() / count)
+    return losses
+
+
+# every tuning
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("tuning", model.TUNINGS)
+def test_saved_and_loaded_gives_the_same_logits(encoders, tmp_path, tuning, kind):
+    network, tokenizer, meta = built(encoders[kind], "--tuning", tuning)
+    losses = train(network.train())
+    assert losses[-1] < losses[0]
+    wanted = logits(network.eval())
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    apart, loaded_tokenizer, loaded_meta = model.load(tmp_path / "model", merged=False)
+    merged, _, _ = model.load(tmp_path / "model")
+    assert loaded_meta == meta and loaded_meta["labels"] == LABELS
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    torch.testing.assert_close(logits(apart), wanted, atol=2e-6 if tuning == "adalora" else 0, rtol=0)
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-5, rtol=0)
+    assert not merged.training and {weight.dtype for weight in merged.parameters()} == {torch.float32}
+    names = {path.name for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl"))}
+    assert os.listdir(tmp_path) == ["model"], "nothing temporary stays"
+
+
+@pytest.mark.parametrize("tuning", model.TUNINGS)
+def test_only_what_the_tuning_trains_is_trained(encoders, tuning):
+    network, _, _ = built(encoders["bert"], "--tuning", tuning)
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert any("classifier" in name for name in trained)
+    rest = {name for name in trained if "classifier" not in name}
+    assert {
+        "full": len(rest) == len(list(network.bert.parameters())) if tuning == "full" else None,
+        "bitfit": bool(rest) and all(name.endswith("bias") for name in rest),
+        "freeze": not rest,
+        "ia3": bool(rest) and all("ia3_" in name for name in rest),
+    }.get(tuning, bool(rest) and all("lora_" in name or "prompt_encoder" in name for name in rest))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "prompt", "full"])
+def test_the_trainable_line_is_pefts(encoders, tuning, capsys):
+    network, _, _ = built(encoders["bert"], "--tuning", tuning)
+    line = model.trainable_line(network)
+    if tuning == "full":
+        count = sum(weight.numel() for weight in network.parameters())
+        assert line == f"trainable params: {count:,d} || all params: {count:,d} || trainable%: 100.0000"
+    else:
+        network.print_trainable_parameters()
+        assert capsys.readouterr().out.strip() == line
+
+
+@pytest.mark.parametrize("tuning", LORAS)
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("argv", [("--lora.bias", "all"), ("--lora.bias", "lora_only"),
+                                  ("--lora.bias", "all", "--lora.target_modules", "query,value"),
+                                  ("--lora.target_modules", "null")])  # fmt: skip
+def test_biases_and_chosen_layers(encoders, tmp_path, tuning, kind, argv):
+    if tuning == "adalora" and "lora_only" in argv:
+        pytest.skip("peft's adalora has no lora_only")
+    network, tokenizer, meta = built(encoders[kind], "--tuning", tuning, *argv)
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert any(name.endswith("query.base_layer.bias") for name in trained) == ("--lora.bias" in argv)
+    assert any("dense.lora_A" in name for name in trained) == ("--lora.target_modules" not in argv or (
+        "null" in argv and tuning == "adalora" and kind == "roberta"))
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    for merged in (True, False):
+        torch.testing.assert_close(logits(model.load(tmp_path / "model", merged=merged)[0]), logits(network), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "rslora"])
+def test_merging_without_peft_equals_pefts_own(encoders, tmp_path, tuning):
+    network, tokenizer, meta = built(encoders["bert"], "--tuning", tuning, "--lora.bias", "all")
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    ours, theirs = model.load(tmp_path / "model")[0], model.load(tmp_path / "model", merged=False)[0].merge_and_unload()
+    theirs = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight, theirs[name], atol=1e-7, rtol=0)
+
+
+def test_loading_a_lora_needs_no_peft_and_says_nothing(saved):
+    code = f"import sys, model; model.load({str(saved['lora'])!r}); print('peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", ""), "no peft, and not a word of noise"
+
+
+@pytest.mark.parametrize("tuning", model.VIRTUAL)
+@pytest.mark.parametrize("kind, positions", [("bert", 128), ("roberta", 64)])
+def test_virtual_tokens_fit_labels_and_positions(encoders, tuning, kind, positions):
+    argv = ("--tuning", tuning, "--virtual_tokens", "5", "--max_length", "200")
+    network, _, meta = built(encoders[kind], *argv)
+    assert (meta["max_length"], meta["virtual_tokens"]) == (positions - 5, 5)
+    longest = torch.full((2, meta["max_length"]), 7)
+    assert network(input_ids=longest, attention_mask=torch.ones_like(longest)).logits.shape == (2, positions - 5, 5)
+    assert network(longest, torch.ones_like(longest)).logits.shape == (2, positions - 5, 5)
+    inputs = batch()
+    alone = {"input_ids": inputs["input_ids"][1:2, :6], "attention_mask": inputs["attention_mask"][1:2, :6]}
+    with torch.no_grad():
+        torch.testing.assert_close(network(**inputs).logits[1, :6], network(**alone).logits[0], atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match=f"give at most {positions - 8}"):
+        built(encoders[kind], "--tuning", tuning, "--virtual_tokens", str(positions - 7))
+
+
+@pytest.mark.parametrize("tuning", model.TUNINGS)
+def test_every_tuning_runs_in_bfloat16(encoders, tuning):
+    network, _, _ = built(encoders["bert"], "--tuning", tuning)
+    wanted = logits(network)
+    torch.testing.assert_close(logits(network.to(torch.bfloat16)).float(), wanted, atol=0.15, rtol=0.1)
+
+
+def test_adalora_moves_rank_and_keeps_what_it_chose(encoders, tmp_path):
+    network, tokenizer, meta = built(encoders["bert"], "--tuning", "adalora")
+    train(network.train(), 20)
+    kept = [sum(row) for row in network.peft_config["default"].rank_pattern.values()]
+    assert sum(kept) == 4 * len(kept) and len(set(kept)) > 1, "rank 4 on average, not everywhere alike"
+    zeros = [(weight == 0).sum().item() for name, weight in network.named_parameters() if "lora_E" in name]
+    assert sorted(6 - count for count in zeros) == sorted(kept)
+    model.save(network.eval(), tokenizer, meta, tmp_path / "model")
+    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
+
+
+def test_loss_sum_is_the_sum_over_labelled_positions():
+    scores, labels = torch.randn(2, 5, 3), torch.tensor([[0, 1, -100, 2, -100], [-100] * 5])
+    loss, count = model.loss_sum(scores.bfloat16(), labels)
+    rows = torch.log_softmax(scores.bfloat16().float(), -1)
+    assert count == 3 and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, -(rows[0, 0, 0] + rows[0, 1, 1] + rows[0, 3, 2]))
+    loss, count = model.loss_sum(scores.requires_grad_(), torch.full((2, 5), -100))
+    loss.backward()
+    assert (loss.item(), count) == (0, 0)
+
+
+# the folder
+
+def test_labels_and_dropout_are_in_the_model(encoders, tmp_path):
+    network, tokenizer, meta = built(encoders["bert"], "--tuning", "full", "--dropout", "0.3")
+    assert network.config.id2label == dict(enumerate(LABELS)) and network.config.label2id["I-PER"] == 4
+    assert {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+    kept = built(encoders["bert"], "--dropout", "null")[0]
+    assert {module.p for module in kept.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
+    assert set(meta) == {"labels", "unit", "special_tokens", "max_length", "decode", "tuning", "pretrained", "virtual_tokens"}
+
+
+def test_standard_loaders_read_an_adapter(encoders, tmp_path):
+    from peft import AutoPeftModelForTokenClassification
+    from transformers import pipeline
+
+    network, tokenizer, meta = built(encoders["bert"])
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    theirs = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "model")
+    assert theirs.config.id2label == dict(enumerate(LABELS))
+    torch.testing.assert_close(logits(theirs.eval()), logits(network), atol=0, rtol=0)
+    found = pipeline("token-classification", model=str(tmp_path / "model"))("江泽民在北京")
+    assert {row["entity"] for row in found} <= set(LABELS[1:]) and found
+
+
+def test_an_adapter_keeps_its_encoder_without_a_second_copy(encoders, tmp_path):
+    network, tokenizer, meta = built(encoders["bert"])
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    linked, source = tmp_path / "model" / "encoder" / "model.safetensors", encoders["bert"] / "model.safetensors"
+    assert os.path.samefile(linked, source)
+
+
+def test_an_adapter_finds_its_encoder_when_the_project_moved(tmp_path, monkeypatch):
+    project = tmp_path / "before"
+    tiny.encoder(project / "data" / "encoder")
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(config, "ROOT", project)
+    network, tokenizer, meta = built("data/encoder")
+    model.save(network, tokenizer, meta, "output/run/model")
+    wanted = logits(network)
+    moved = tmp_path / "after"
+    project.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    torch.testing.assert_close(logits(model.load("after/output/run/model")[0]), wanted, atol=1e-5, rtol=0)
+    shutil.rmtree(moved / "output/run/model/encoder")  # where a copy of the run left the links behind
+    monkeypatch.setattr(model, "ROOT", moved)
+    torch.testing.assert_close(logits(model.load("after/output/run/model")[0]), wanted, atol=1e-5, rtol=0)
+    shutil.rmtree(moved / "data")
+    with pytest.raises(UserError, match="its encoder .*/before/data/encoder is gone"):
+        model.load("after/output/run/model")
+
+
+def test_links_fall_back_where_the_disk_has_none(encoders, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "not here")
+
+    network, tokenizer, meta = built(encoders["bert"])
+    monkeypatch.setattr(os, "link", refuse)
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    linked = tmp_path / "model" / "encoder" / "model.safetensors"
+    assert linked.is_symlink() and not os.readlink(linked).startswith("/")
+    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
+    monkeypatch.setattr(os, "symlink", refuse)
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    assert not linked.is_symlink() and linked.stat().st_nlink == 1
+    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
+
+
+def test_a_failed_save_leaves_the_old_model_whole(encoders, tmp_path, monkeypatch):
+    network, tokenizer, meta = built(encoders["bert"])
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        model.save(network, tokenizer, meta, tmp_path / "model")
+    assert {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()} == before
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_half_precision_encoders_are_loaded_in_float32(tmp_path):
+    from transformers import BertModel
+
+    tiny.encoder(tmp_path / "encoder")
+    BertModel.from_pretrained(tmp_path / "encoder", dtype=torch.float16).save_pretrained(tmp_path / "encoder")
+    network, _, _ = built(tmp_path / "encoder", "--tuning", "full")
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}
+
+
+def test_words_of_byte_level_tokenizers_begin_with_a_space(encoders, tmp_path):
+    network, tokenizer, meta = built(encoders["roberta"], unit="word")
+    assert tokenizer.tokenize("human")[0].startswith("Ġ")
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    assert model.load(tmp_path / "model")[1].tokenize("human")[0].startswith("Ġ")
+    assert not built(encoders["roberta"])[1].tokenize("human")[0].startswith("Ġ")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no candidate encoder beside the project")
+def test_a_real_encoder(tmp_path):
+    network, tokenizer, meta = built(SHARED)
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-4, rtol=0)
+
+
+# encoders that cannot be had
+
+def test_wrong_encoders_are_named(encoders, tmp_path):
+    def fails(name, *argv):
+        with pytest.raises(UserError) as caught:
+            built(name, *argv)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def copy(name):
+        return Path(shutil.copytree(encoders["bert"], tmp_path / name))
+
+    assert "there is no such folder" in fails(tmp_path / "nosuch")
+    assert "is a file" in fails(encoders["bert"] / "config.json")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in fails(tmp_path / "empty")
+    (copy("weightless") / "model.safetensors").unlink()
+    assert "there are no weights in" in fails(tmp_path / "weightless")
+    file = copy("cut") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "model.safetensors: truncated or not safetensors" in fails(tmp_path / "cut")
+    (copy("broken") / "config.json").write_text("{")
+    assert "config.json cannot be used" in fails(tmp_path / "broken")
+    (copy("alien") / "config.json").write_text('{"model_type": "alien"}')
+    assert "config.json cannot be used" in fails(tmp_path / "alien")
+    (copy("headless") / "config.json").write_text('{"model_type": "clip"}')
+    assert "clip has no token-classification head" in fails(tmp_path / "headless")
+    known = json.loads((copy("deeper") / "config.json").read_text())
+    (tmp_path / "deeper" / "config.json").write_text(json.dumps(known | {"num_hidden_layers": 3}))
+    assert "16 are missing or of another shape, the first is bert.encoder.layer.2" in fails(tmp_path / "deeper")
+    (copy("narrow") / "config.json").write_text(json.dumps(known | {"intermediate_size": 63}))
+    assert "of another shape" in fails(tmp_path / "narrow")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy(name) / name).unlink()
+    assert "tokenizer" in fails(tmp_path / "tokenizer.json")
+    (copy("mixed") / "config.json").write_text(json.dumps(known))
+    tiny.wordpiece(tmp_path / "mixed", tiny.TEXT + "".join(map(chr, range(0x4E00, 0x4F00))))
+    assert "do not fit" in fails(tmp_path / "mixed")
+    assert "does not fit bert encoders" in fails(encoders["bert"], "--lora.target_modules", "nosuch")
+
+
+def test_code_that_comes_with_an_encoder_is_not_run(encoders, tmp_path):
+    folder = Path(shutil.copytree(encoders["bert"], tmp_path / "encoder"))
+    known = json.loads((folder / "config.json").read_text())
+    known |= {"model_type": "theirs", "auto_map": {"AutoConfig": "code.Theirs", "AutoModelForTokenClassification": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(known))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    with pytest.raises(UserError, match="config.json cannot be used"):
+        built(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Points huggingface_hub at an address, with an empty cache."""
+    from huggingface_hub import constants
+
+    def point(endpoint):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # built once, of HF_ENDPOINT
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    return point
+
+
+def test_a_hub_that_does_not_answer(hub, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
+        monkeypatch.setattr(encoder, "ANSWER_SECONDS", 0.5)
+        for endpoint in ("http://127.0.0.1:9", f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            hub(endpoint)
+            begun = time.perf_counter()
+            with pytest.raises(UserError) as caught:
+                built("nobody/encoder")
+            assert endpoint in str(caught.value) and "HF_ENDPOINT" in str(caught.value)
+            assert "a local folder" in str(caught.value) and "\n" not in str(caught.value)
+            assert time.perf_counter() - begun < 5
+
+
+def test_a_hub_that_has_no_such_model(hub, monkeypatch):
+    import http.server
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match="neither a folder here nor a model on http"):
+            built("nobody/encoder")
+        server.shutdown()
+
+
+# damaged models
+
+class Bomb:
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+@pytest.fixture(scope="session")
+def saved(encoders, tmp_path_factory):
+    """A saved model folder for a tuning of each kind: plain, merged without peft, by peft, virtual tokens."""
+    folders = {}
+    for tuning in ("full", "lora", "dora", "prefix"):
+        network, tokenizer, meta = built(encoders["bert"], "--tuning", tuning)
+        folders[tuning] = tmp_path_factory.mktemp(tuning) / "model"
+        model.save(network, tokenizer, meta, folders[tuning])
+        linked = folders[tuning] / "encoder" / "model.safetensors"
+        if linked.exists():  # a copy, so that a test may damage it
+            data = linked.read_bytes()
+            linked.unlink()
+            linked.write_bytes(data)
+    return folders
+
+
+def copied(saved, tuning, tmp_path):
+    return Path(shutil.copytree(saved[tuning], tmp_path / "model"))
+
+
+def damage(folder):
+    with pytest.raises(UserError) as caught:
+        model.load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("tuning, name", [
+    (tuning, name)
+    for tuning in ("full", "lora", "dora", "prefix")
+    for name in ["ner.json", "tokenizer.json"] + (
+        ["config.json", "model.safetensors"] if tuning == "full"
+        else ["adapter_config.json", "adapter_model.safetensors"])
+])  # fmt: skip
+def test_missing_cut_and_garbled_files_are_named(saved, tmp_path, tuning, name):
+    folder = copied(saved, tuning, tmp_path)
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    message = damage(folder)
+    assert name in message or ("weights" in message and name == "model.safetensors") or "tokenizer" in message
+    for wrong in (data[: len(data) // 2], b"", b"\x00" * 64, b"[" * 100_000, b"null", data[:-1] + b"\xff" if name.endswith("json") else b"x"):
+        (folder / name).write_bytes(wrong)
+        message = damage(folder)
+        assert str(folder) in message and ("tokenizer" if name == "tokenizer.json" else name) in message
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "dora", "prefix"])
+def test_malicious_pickles_do_not_run(saved, tmp_path, tuning):
+    folder, owned = copied(saved, tuning, tmp_path), tmp_path / "owned"
+    bomb = pickle.dumps(Bomb(owned))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    for file in files:
+        data = file.read_bytes()
+        file.write_bytes(bomb)
+        try:
+            model.load(folder)
+        except UserError:
+            pass
+        assert not owned.exists(), file
+        file.write_bytes(data)
+    for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "model.bin"):
+        (folder / name).write_bytes(bomb)  # beside what is right, and then instead of it
+    model.load(folder)
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    (folder / "encoder").mkdir(exist_ok=True)
+    (folder / "encoder" / "pytorch_model.bin").write_bytes(bomb)
+    damage(folder)
+    assert not owned.exists()
+    pickle.loads(bomb)
+    assert owned.is_dir(), "the bomb works"
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "dora", "prefix"])
+def test_labels_that_do_not_match_the_head_are_named(saved, tmp_path, tuning):
+    folder = copied(saved, tuning, tmp_path)
+    edit(folder / "ner.json", labels=LABELS[:3])
+    assert "labels" in damage(folder) and "ner.json" in damage(folder)
+    if tuning == "full":
+        edit(folder / "ner.json", labels=[*LABELS[:3], "B-ORG", "I-ORG"])
+        assert "labels of config.json and ner.json differ" in damage(folder)
+        few = LABELS[:3]
+        edit(folder / "ner.json", labels=few)
+        edit(folder / "config.json", id2label=dict(enumerate(few)), label2id={label: i for i, label in enumerate(few)})
+        assert "weights cannot be loaded" in damage(folder)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"labels": []}, "labels"), ({"labels": ["O", "O", "B-X", "I-X", "B-Y"]}, "labels"), ({"labels": "O"}, "labels"),
+    ({"labels": [0, 1, 2, 3, 4]}, "labels"), ({"tuning": "nosuch"}, "tuning is 'nosuch'"), ({"tuning": []}, "tuning is []"),
+    ({"unit": "byte"}, "unit"), ({"decode": "beam"}, "decode"), ({"max_length": "9"}, "max_length is '9'"),
+    ({"max_length": True}, "max_length is True"), ({"special_tokens": None}, "special_tokens is None"),
+])  # fmt: skip
+def test_wrong_values_in_ner_json_are_named(saved, tmp_path, changes, said):
+    folder = copied(saved, "lora", tmp_path)
+    edit(folder / "ner.json", **changes)
+    assert said in damage(folder)
+
+
+def test_adapters_that_do_not_fit_are_named(saved, encoders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(saved, "lora", tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    assert "do not fit" in damage(folder)
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, file)
+    assert "do not fit" in damage(folder)
+    save_file({key: value for key, value in tensors.items() if "classifier" not in key}, file)
+    assert "the head in adapter_model.safetensors is missing" in damage(folder)
+    save_file({key: value for key, value in tensors.items() if not key.endswith("classifier.bias")}, file)
+    assert "a weight of the head is missing" in damage(folder)
+    save_file(tensors | {"base_model.model.bert.nosuch": torch.zeros(2)}, file)
+    assert "bert.nosuch is missing" in damage(folder)
+    save_file(tensors, file)
+    for changes in ({"r": 0}, {"r": None}, {"lora_alpha": "x"}, {"r": []}):
+        before = (folder / "adapter_config.json").read_text()
+        edit(folder / "adapter_config.json", **changes)
+        assert "do not fit" in damage(folder)
+        (folder / "adapter_config.json").write_text(before)
+    shutil.rmtree(folder / "encoder")
+    edit(folder / "ner.json", pretrained=str(encoders["roberta"]))
+    assert "do not fit" in damage(folder)
+
+
+def test_a_run_folder_is_taken_for_its_model(saved, tmp_path):
+    copied(saved, "full", tmp_path)
+    assert model.load(tmp_path)[2]["tuning"] == "full"
+    with pytest.raises(UserError, match="no ner.json, so it is no saved model"):
+        model.load(tmp_path / "nosuch")
