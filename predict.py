@@ -185,7 +185,7 @@ def _format(name: str, predictor: Predictor, colour: bool, several: bool):
 
 
 def read_texts(stream, name: str):
-    """Yields the texts of a binary stream, one a line (only LF and CRLF end one): UTF-8 with or without BOM, or GB18030.
+    """Yields the texts of a binary stream, one a line (only LF and CRLF end one), in UTF-8 or GB18030, with BOM or not.
 
     The first line beyond ASCII decides on the encoding; later bytes that do not fit it become U+FFFD, with a warning.
     Raises UserError with file and line for what is no text.
@@ -343,7 +343,8 @@ def _prompt(predictor: Predictor, colour: bool) -> None:
         while True:
             if text := input("> "):
                 found = predictor.predict([text])[0]
-                print(as_text(text, found, predictor.types, colour, title=False), end="" if found or colour else "none\n")
+                shown = as_text(text, found, predictor.types, colour, title=False)
+                print(shown or "none\n", end="")
     print()
 
 

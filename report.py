@@ -114,7 +114,8 @@ def write(run: Path) -> Path:
     else:
         scored = ""
     page = {
-        "name": run.resolve().name, "scores": scores, "scored": scored, "finished": bool(_scores(test)),
+        "name": run.resolve().name, "scores": scores, "scored": scored,
+        "finished": bool(_scores(test)) or (run / "finished.json").is_file(),
         "charts": [chart for chart in (
             _chart("Loss", epochs, [("train", lambda line: line.get("train_loss")),
                                     ("dev", lambda line: line.get("dev_loss"))]),
@@ -196,7 +197,8 @@ def _scores(value) -> dict | None:
         return {key: _number(numbers.get(key)) for key in ("precision", "recall", "f1", "support")}
 
     types = value.get("types") if isinstance(value.get("types"), dict) else {}
-    return {"types": {str(name): row(types[name]) for name in sorted(types)}, "accuracy": _number(value.get("accuracy")),
+    return {"types": {str(name): row(types[name]) for name in sorted(types)},
+            "accuracy": _number(value.get("accuracy")),
             **{mean: row(value.get(mean)) for mean in ("micro", "macro", "weighted")}}
 
 

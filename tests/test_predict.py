@@ -136,8 +136,8 @@ def test_newest_run_where_none_is_named(run, tmp_path, monkeypatch):
 
 
 ODD = ["张伟", "北京", "联合国", " ", "\u3000", "\n", "\t", "\x00", "\u200b", "\u200d", "\u202e", "\ufeff", "\u2028",
-       "e\u0301", "\u0301", "שלום", "مرحبا", "👩‍👩‍👧‍👦", "🇨🇳", "👍🏽", "\U00020000", "\ud800", "\udfff", "\ue000", "ﬁ", "İ",
-       "T-cells", "[CLS]", "<s>", "##", "▁", "。", "\u0e33", "각", "ก็", "\uffff"]
+       "e\u0301", "\u0301", "שלום", "مرحبا", "👩‍👩‍👧‍👦", "🇨🇳", "👍🏽", "\U00020000", "\ud800", "\udfff", "\ue000", "ﬁ",
+       "İ", "T-cells", "[CLS]", "<s>", "##", "▁", "。", "\u0e33", "각", "ก็", "\uffff"]
 texts = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=40),
     st.lists(st.sampled_from(ODD) | st.text(max_size=3), max_size=60).map("".join))
@@ -208,7 +208,8 @@ def test_files_come_back_through_the_loader(run, tmp_path, capsys):
     (tmp_path / "in.txt").write_text("\n".join(lines), encoding="utf-8")
     for form in ("bio", "jsonl"):
         out = tmp_path / f"out.{form}"
-        assert call("--run", run, "--input", tmp_path / "in.txt", "--output", out, "--format", form, capsys=capsys) == ""
+        said = call("--run", run, "--input", tmp_path / "in.txt", "--output", out, "--format", form, capsys=capsys)
+        assert said == ""
         found = [plain(entities) for entities in predict.predict(lines)]
         corpus = loader.read(str(out))
         assert len(corpus.sentences) == len(lines)
@@ -247,9 +248,11 @@ def test_colours_and_control_characters(predictor):
 
 
 def test_standard_input_and_encodings(run, tmp_path, capsys, monkeypatch):
-    for data in (f"{TEXT}\r\n\r\n{TEXT}".encode(), f"\ufeff{TEXT}\n\n{TEXT}\n".encode(), f"{TEXT}\n\n{TEXT}".encode("gb18030")):
+    three = f"{TEXT}\n\n{TEXT}"
+    for data in (three.replace("\n", "\r\n").encode(), f"\ufeff{three}\n".encode(), three.encode("gb18030")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        records = [json.loads(line) for line in call("--run", run, "--input", "-", "--json", capsys=capsys).splitlines()]
+        out = call("--run", run, "--input", "-", "--json", capsys=capsys)
+        records = [json.loads(line) for line in out.splitlines()]
         assert [record["text"] for record in records] == [TEXT, "", TEXT]
         assert len(records[2]["entities"]) == 3
 
@@ -279,7 +282,7 @@ def test_binary_files(data, line):
         read(data)
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n\r\0"), max_size=20), min_size=1))
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n\r\0")), min_size=1))
 def test_utf8_lines_come_back(lines):
     assert read("\n".join(["好", *lines]).encode() + b"\n") == ["好", *lines]
 
@@ -331,8 +334,8 @@ def test_wrong_arguments_cost_no_torch(run, tmp_path):
             "        try: predict.main(arguments)\n"
             "        except SystemExit as stop: code = stop.code\n"
             "    print(json.dumps([code, said.getvalue(), 'torch' in sys.modules]))\n")
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([c[0] for c in cases])], cwd=ROOT, timeout=60, check=True,
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", code, json.dumps([arguments for arguments, _ in cases])], cwd=ROOT,
+                          check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(cases)
     for (arguments, message), (code, said, torch_imported) in zip(cases, answers, strict=True):
@@ -343,7 +346,7 @@ def test_wrong_arguments_cost_no_torch(run, tmp_path):
 
 
 @pytest.mark.parametrize("harm, message", [
-    (lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:999]), "model.safetensors"),
+    (lambda m: os.truncate(m / "model.safetensors", 999), "model.safetensors"),
     (lambda m: (m / "ner.json").unlink(), "ner.json"),
     (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
     (lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC"', '"B-X"')), "labels")])
@@ -412,11 +415,13 @@ def test_two_processes(run, tmp_path):
     (tmp_path / "in.txt").write_text("\n".join(lines), encoding="utf-8")
     assert len(list(predict.chunks(lines))) >= 3
     command = ["predict.py", "--run", str(run), "--input", str(tmp_path / "in.txt"), "--output"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command, str(tmp_path / "one.jsonl")], cwd=ROOT, env=environment, check=True, timeout=200)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--",
-                           *command, str(tmp_path / "two.jsonl")], cwd=ROOT, env=environment, capture_output=True, text=True,
-                          timeout=200)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as under torchrun: sums round in another order otherwise
+    predict.main([*command[1:], str(tmp_path / "one.jsonl")])
+    torch.set_num_threads(threads)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+                           *command, str(tmp_path / "two.jsonl")], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "one.jsonl", "two.jsonl"]
     with open(tmp_path / "two.jsonl", encoding="utf-8") as file:

@@ -148,6 +148,8 @@ def test_unfinished_run(run, missing):
     assert "svg" in page.tags or "metrics.jsonl" in missing
     if "test.json" in missing:
         assert "no test scores yet" in page.text
+        (run / "finished.json").write_text("{}")  # a run that was not given a test file
+        assert "no test scores yet" not in Page(report.write(run)).text
         assert "best so far" in page.text or "metrics.jsonl" in missing
 
 
@@ -161,8 +163,9 @@ def test_half_written_lines_and_numbers_that_are_none(run):
     assert "nan" not in (run / "report.html").read_text(encoding="utf-8").lower().replace("finance", "")
 
 
-plain = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+short = st.text(max_size=5)
+plain = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | short,
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(short, inner, max_size=3))
 shaped = st.dictionaries(st.sampled_from(["micro", "macro", "weighted", "types", "accuracy", "epoch", "train_loss",
                                           "dev_loss", "dev", "f1", "chars", "gold", "predicted"]), plain)
 
@@ -328,8 +331,8 @@ def site(run):
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (Debian: apt-get install chromium)")
 def test_in_a_browser(run, site, tmp_path):
     port, asked = site
-    evil = [sentence(f"{i}{EVIL}江泽民在北京", [("LOC", 2, 9), ("PERSON", 70, 73)], [("PERSON", 71, 74)]) for i in range(9)]
-    (run / "predictions.jsonl").write_text("".join(json.dumps(s) + "\n" for s in evil))
+    evil = sentence(f"{EVIL}江泽民在北京" * 2, [("LOC", 2, 9), ("PERSON", 70, 73)], [("PERSON", 71, 74)])
+    (run / "predictions.jsonl").write_text("".join(json.dumps(evil) + "\n" for _ in range(9)))
     report.write(run)
     (run / "measure.html").write_text(MEASURE)
     (run / "control.html").write_text(CONTROL)
@@ -338,9 +341,10 @@ def test_in_a_browser(run, site, tmp_path):
         """Opens a page with every host name leading to the local server; returns the finished process, paths asked."""
         asked.clear()
         done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--hide-scrollbars",
-             f"--user-data-dir={tmp_path / 'profile'}", f"--host-resolver-rules=MAP *.test 127.0.0.1:{port}", *options,
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+             f"--host-resolver-rules=MAP *.test 127.0.0.1:{port}", *options,
              f"http://127.0.0.1:{port}/{page}"], capture_output=True, text=True, timeout=120)
         return done, list(asked)
 
