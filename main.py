@@ -232,12 +232,16 @@ def finish(config, run: Path, devices, test: list | None, hub: str | None) -> No
     if devices.is_main_process:
         for name, rows in files.items():
             checkpoint.write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        try:
-            import report
+        import export
+        import report
 
-            log.info("report: %s", report.write(run))
-        except Exception as error:  # the run is whole without its page
-            log.warning("no report was written: %s: %s", type(error).__name__, error)
+        for what, write in {"report": report.write, "model card": export.write_card}.items():
+            try:
+                log.info("%s: %s", what, write(run))
+            except Exception as error:  # the run is whole without it
+                log.warning("no %s was written: %s: %s", what, type(error).__name__, error)
+        if hub:
+            log.info("uploaded: %s", export.push(run, hub))
     devices.end_training()
     log.info("finished: %s", run)
 

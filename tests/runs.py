@@ -15,7 +15,7 @@ from pathlib import Path
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "model", "tagger", "parallel", "fast", "report",
+IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "model", "tagger", "parallel", "fast", "report", "export",
            "seqeval.metrics.v1", "seqeval.scheme", "tqdm.contrib.logging"]  # fmt: skip
 
 

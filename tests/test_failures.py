@@ -1,6 +1,7 @@
 """Failing surroundings: full disks, folders that go away, losses that are not finite, memory that does not suffice."""
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -248,12 +249,11 @@ def test_two_runs_of_one_name_share_nothing(tmp_path):
     assert lines(tmp_path / "run") != lines(tmp_path / "run-2")
 
 
-def test_a_report_that_fails_loses_no_run(tmp_path, monkeypatch):
-    import report
-
+@pytest.mark.parametrize(("room", "name"), [("report", "write"), ("export", "write_card")])
+def test_a_report_or_a_card_that_fails_loses_no_run(tmp_path, monkeypatch, room, name):
     def write(_):
         raise ValueError("no page today")
 
-    monkeypatch.setattr(report, "write", write)
+    monkeypatch.setattr(importlib.import_module(room), name, write)
     assert ended(runs.argv(tmp_path)) == 0
     assert "no page today" in log(tmp_path / "run") and (tmp_path / "run" / "test.json").exists()
