@@ -74,11 +74,7 @@ def merge(run, folder) -> Path:
     model, tokenizer, meta = models.load(run, merged=True)
     _refuse_virtual(meta, "merged")
     meta = {**meta, "tuning": "full", "pretrained": str(Path(folder).absolute())}
-    if not meta["special_tokens"]:  # so that pipelines leave them out too
-        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None}
-        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
-    tokenizer.model_max_length = min(tokenizer.model_max_length, meta["max_length"])
-    models.save(model, tokenizer, meta, folder)
+    models.save(model, _as_trained(tokenizer, meta), meta, folder)
     return Path(folder)
 
 
@@ -143,7 +139,7 @@ def export(run, folder, format: str = "onnx", int8: bool = False) -> dict:
             shutil.rmtree(folder)
             raise UserError(f"{file}: its logits differ from torch's by up to {furthest:g}, so it was removed; this "
                             f"encoder ({model.config.model_type}) cannot be exported")  # fmt: skip
-    tokenizer.save_pretrained(folder)
+    _as_trained(tokenizer, meta).save_pretrained(folder)
     model.config.save_pretrained(folder)
     (folder / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return found
@@ -209,10 +205,10 @@ def push(run, name: str) -> str:
             with encoder.quiet():
                 url = api.create_repo(name, exist_ok=True)
                 api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="A tagger and its card")
-        except errors.LocalTokenNotFoundError:
-            raise UserError(f"--push_to_hub {name}: not logged in; run `hf auth login` or set HF_TOKEN") from None
         except Exception as error:  # no network, no rights, a wrong name, a full quota
             reason = encoder.first_line(error)
+            if isinstance(error, errors.LocalTokenNotFoundError) or "401" in reason or "403" in reason:
+                reason += "; run `hf auth login` or set HF_TOKEN to a token that may write there"
             raise UserError(f"--push_to_hub {name}: {endpoint} did not take it: {reason}; the run is whole, and "
                             f"{run / 'model'} can be uploaded later by `hf upload`") from None  # fmt: skip
     return str(url)
@@ -239,6 +235,23 @@ def main(argv: list[str]) -> None:
                   f"{row['furthest_logit']:.2g} of torch's, {row['same_tags']:.2%} of the tags the same")  # fmt: skip
     except OSError as error:
         raise UserError(f"{error.filename or given.folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _as_trained(tokenizer, meta: dict):
+    """The tokenizer made to cut whole texts as loader.py cuts them: by characters, with the same special tokens.
+
+    WordPiece takes 1998 for one token, where this model was trained on four.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not meta["special_tokens"]:
+        state["post_processor"] = None
+    if meta["unit"] == "character" and '"Metaspace"' not in json.dumps(state["pre_tokenizer"]):
+        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        rest = [state["pre_tokenizer"]] if state["pre_tokenizer"] else []
+        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, *rest]}
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    tokenizer.model_max_length = min(tokenizer.model_max_length, meta["max_length"])
+    return tokenizer
 
 
 def _samples(run: Path, tokenizer, meta: dict) -> list:
