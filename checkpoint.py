@@ -1,4 +1,4 @@
-"""A run's folder on disk: made once, locked while in use, and one whole checkpoint in it at every instant.
+"""One whole checkpoint of a run at every instant: what it holds, how it is written, kept, and put back.
 
 A checkpoint is a single safetensors file, so that one rename replaces it: tensors are what training changes (not the
 frozen encoder), the file's own metadata holds the rest as JSON. No random state is stored, because every step seeds its
@@ -8,27 +8,22 @@ own (see `seed_of`): the position in the run is the random state, for any number
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
-import config as settings
 from errors import UserError
+from folder import WRITING, sync, write
 
 log = logging.getLogger("__main__")
 FILE = Path("checkpoint") / "state.safetensors"
-WRITING = ".writing"  # what a file or folder is called until it is whole
-MAY_DIFFER = ("epochs", "output", "run", "checkpoint_minutes", "trackers", "test")  # between a run and its continuation
-PATHS = ("train", "dev", "test", "pretrained")
+RANK_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # adalora's
 
 
 @dataclasses.dataclass
@@ -87,20 +82,6 @@ def digest(sentences: list, labels: list[str], steps: int) -> str:
     return summary.hexdigest()
 
 
-def environment(devices, dtype) -> dict:
-    """Versions, machine, device and precision, for environment.json."""
-    import torch
-
-    names = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
-    gpu = {"gpu": torch.cuda.get_device_name(devices.device)} if devices.device.type == "cuda" else {}
-    return {
-        "python": platform.python_version(), "system": platform.platform(), "machine": platform.machine(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(devices.device), **gpu,
-        "processes": devices.num_processes, "precision": str(dtype).removeprefix("torch."),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }  # fmt: skip
-
-
 def flat(line: dict, prefix: str = "") -> dict[str, float]:
     """A line of metrics.jsonl with keys like dev/micro/f1, as trackers want it."""
     found = {}
@@ -109,133 +90,11 @@ def flat(line: dict, prefix: str = "") -> dict[str, float]:
     return found
 
 
-# The folder
-
-def new_run(output: str, name: str | None) -> Path:
-    """Makes and returns a folder that no other run has: `name` or the time, with -2, -3, … where that is taken.
-
-    os.mkdir is the lock, so two runs started in the same second get two folders. Raises UserError.
-    """
-    wanted = Path(output) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10_000):
-            run = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(run)
-                return run
-    except OSError as error:
-        raise UserError(f"{wanted}: the run's folder cannot be made: {error.strerror}; name another with --output") from None
-    raise UserError(f"{wanted}: there are too many runs of that name; name another with --run")
-
-
-def portable(config):
-    """The config with those paths made absolute that would not be found from another working folder."""
-    changed = {}
-    for key in PATHS:
-        path = getattr(config, key)
-        found = settings.resolve_path(path) if path else None
-        if found and not (settings.ROOT / path).exists():
-            changed[key] = str(found)
-    return config.model_copy(update=changed)
-
-
-def check_same(config, run: Path) -> None:
-    """Compares a config with that of the run it is to continue. Raises UserError naming the keys that may not differ."""
-    saved, differ = settings.load(["--config", str(run / "config.yaml")])[0], []
-    for key in settings.Config.model_fields:
-        old, new = getattr(saved, key), getattr(config, key)
-        if old != new and not (key in PATHS and old and new and (settings.resolve_path(old) or 1) == settings.resolve_path(new)):
-            differ.append(key)
-    if differ:
-        log.info("other config than the run's: %s", ", ".join(f"{key} ({getattr(config, key)}, was {getattr(saved, key)})" for key in differ))
-    wrong = [key for key in differ if key not in MAY_DIFFER]
-    if wrong:
-        raise UserError(f"--resume {run}: {', '.join(wrong)} may not differ from {run / 'config.yaml'} "
-                        f"({', '.join(MAY_DIFFER)} may); leave the option out, or start a new run")  # fmt: skip
-
-
-@contextlib.contextmanager
-def opened(run: Path, writes: bool):
-    """Holds the folder's lock and logs to the terminal and train.log meanwhile; the process that `writes` does both.
-
-    A fresh folder goes away again when the run ends before training began.
-    """
-    if not writes:
-        log.setLevel(logging.CRITICAL)
-        yield
-        return
-    lock, handlers, logging.raiseExceptions = _lock(run), [], False  # a full disk must not end a run through its log
-    fresh = not (run / "config.yaml").exists()
-    try:
-        file = logging.FileHandler(run / "train.log", encoding="utf-8")
-        handlers += [logging.StreamHandler(sys.stdout), file]
-        for handler in handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
-            logging.root.addHandler(handler)  # other rooms' and libraries' warnings come in the same form
-        log.setLevel(logging.INFO)
-        yield
-    except UserError as error:  # the terminal gets it from errors.command
-        file.handle(log.makeRecord("__main__", logging.ERROR, "", 0, str(error), (), None))
-        raise
-    except OSError as error:
-        if not str(error.filename or "").startswith(str(run)):
-            raise
-        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
-    finally:
-        for handler in handlers:
-            logging.root.removeHandler(handler)
-            with contextlib.suppress(OSError):
-                handler.close()
-        if fresh and run.is_dir() and not {path.name for path in run.iterdir()} - {"train.log", "config.yaml", "environment.json"}:
-            if sys.exc_info()[0] is not None:
-                shutil.rmtree(run, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(run: Path) -> int:
-    """An open descriptor that locks the folder until it is closed, or the process dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{run}: another process is training there; wait for it, or stop it first") from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
-
-
-# Writing
-
-def write(path: Path, text: str) -> None:
-    """Writes a text file under another name, to disk, and renames it. Raises OSError."""
-    temporary = path.with_name(path.name + WRITING)
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save(run: Path, optimizer, progress: Progress) -> None:
+def save(run: Path, model, optimizer, progress: Progress) -> None:
     """Replaces the run's checkpoint by that of now. Raises OSError or SafetensorError; the old one then stays whole."""
     import safetensors.torch
 
-    tensors = {}
+    tensors = _ranks(model)
     for name, weight in optimizer.masters.items():
         tensors[f"weight/{name}"] = weight.detach().contiguous()
         for kind, value in optimizer.adamw.state.get(weight, {}).items():
@@ -247,9 +106,39 @@ def save(run: Path, optimizer, progress: Progress) -> None:
     temporary = path.with_name(path.name + WRITING)
     state = dataclasses.replace(progress, scale=optimizer.scale)
     safetensors.torch.save_file(tensors, temporary, {"progress": json.dumps(dataclasses.asdict(state))})
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
+
+
+def _ranks(model) -> dict:
+    """What adalora knows beside its weights: which count how much, and which ranks are masked. Empty for other tunings."""
+    import torch
+
+    if not hasattr(getattr(model, "base_model", None), "rankallocator"):
+        return {}
+    pattern = model.peft_config["default"].rank_pattern or {}
+    found = {f"rank/{name}": torch.tensor(kept) for name, kept in pattern.items()}
+    for kind in RANK_SCORES:
+        found |= {f"{kind}/{name}": score for name, score in getattr(model.base_model.rankallocator, kind).items()}
+    return found
+
+
+def _restore_ranks(model, tensors: dict) -> None:
+    """Takes out of `tensors` what _ranks gave."""
+    if not hasattr(getattr(model, "base_model", None), "rankallocator"):
+        return
+    weights = dict(model.base_model.model.named_parameters())
+    for key in [key for key in tensors if key.partition("/")[0] in ("rank", *RANK_SCORES)]:
+        kind, _, name = key.partition("/")
+        if name not in weights or tensors[key].numel() != weights[name].numel():
+            continue  # the caller names what is left
+        value = tensors.pop(key)
+        if kind == "rank":
+            settings = model.peft_config["default"]
+            settings.rank_pattern = (settings.rank_pattern or {}) | {name: value.tolist()}
+        else:
+            getattr(model.base_model.rankallocator, kind)[name] = value.to(weights[name].device)
 
 
 def load(run: Path):
@@ -264,33 +153,38 @@ def load(run: Path):
             values = json.loads((file.metadata() or {})["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         kinds = {field.name: type(getattr(Progress(), field.name)) for field in dataclasses.fields(Progress)}
-        odd = [key for key, kind in kinds.items() if key != "best" and not isinstance(values[key], (kind, int) if kind is float else kind)]
+        odd = [key for key, kind in kinds.items()
+               if key != "best" and not isinstance(values[key], (kind, int) if kind is float else kind)]  # fmt: skip
         scored = [line["dev"]["micro"]["f1"] + line["epoch"] for line in values["history"]]  # numbers, all of them
-        if odd or set(values) != set(kinds) or len(scored) != values["epoch"] or values["micro_batch"] < 1 or values["step"] < 0:
+        if odd or set(values) != set(kinds) or len(scored) != values["epoch"]:
             raise ValueError(f"its progress does not add up {odd or ''}")
         if values["best"] not in (range(1, len(scored) + 1) if scored else (None,)):
             raise ValueError(f"its best epoch is {values['best']}")
+        if values["micro_batch"] < 1 or values["step"] < 0:
+            raise ValueError("its step or batch is below what can be")
         return tensors, Progress(**values)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint of this program, or damaged ({error}); start a new run") from None
 
 
-def restore(optimizer, tensors: dict, scale: float, path: Path) -> None:
+def restore(model, optimizer, tensors: dict, scale: float, path: Path) -> None:
     """Puts the tensors of a checkpoint into the model's trained weights and the optimizer. Raises UserError."""
     import torch
 
-    moments = {"exp_avg", "exp_avg_sq"}
+    moments = ("exp_avg", "exp_avg_sq")
     with torch.no_grad():
         for name, weight in optimizer.masters.items():
             found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in ("weight", "step", *moments)}
             shapes = {kind: tensor.shape for kind, tensor in found.items() if tensor is not None}
-            if shapes not in ({"weight": weight.shape}, dict.fromkeys(("weight", *moments), weight.shape) | {"step": torch.Size()}):
+            whole = dict.fromkeys(("weight", *moments), weight.shape) | {"step": torch.Size()}
+            if shapes not in (whole, {"weight": weight.shape}):
                 raise UserError(f"{path}: {name} does not fit the model; was the encoder changed since? start a new run")
             weight.copy_(found.pop("weight"))
             if len(shapes) > 1:
                 optimizer.adamw.state[weight] = {kind: tensor.to(weight.device) for kind, tensor in found.items()}
+    _restore_ranks(model, tensors)
     if tensors:
-        raise UserError(f"{path}: {next(iter(tensors))} is of no weight of the model; start a new run")
+        raise UserError(f"{path}: {next(iter(tensors))} fits no weight of the model; start a new run")
     optimizer.scale = scale
     optimizer.write_back()
 
@@ -298,13 +192,14 @@ def restore(optimizer, tensors: dict, scale: float, path: Path) -> None:
 class Keeper:
     """Writes what a run must not lose: checkpoint, metrics.jsonl, and model/ after a best epoch.
 
-    One failed write is survived: the best weights stay in memory and go out with the next checkpoint. A second failure in
-    a row ends the run. `save_model(folder)` writes the model as it stands, whole or not at all. Only the process that `writes` does anything.
+    One failed write is survived: the best weights stay in memory and go out with the next checkpoint. A second failure
+    in a row ends the run. `save_model(folder)` writes the model as it stands, whole or not at all. Only the process that
+    `writes` does any of it.
     """
 
-    def __init__(self, run: Path, optimizer, minutes: float, writes: bool, save_model):
-        self.run, self.optimizer, self.save_model, self.writes = run, optimizer, save_model, writes
-        self.pause, self.last, self.failed = minutes * 60, time.monotonic(), False
+    def __init__(self, run: Path, model, optimizer, minutes: float, writes: bool, save_model):
+        self.run, self.model, self.optimizer, self.save_model = run, model, optimizer, save_model
+        self.pause, self.last, self.writes, self.failed = minutes * 60, time.monotonic(), writes, False
         self.best = None  # a best epoch's weights that are not on disk yet
         if writes:
             (run / FILE).parent.mkdir(exist_ok=True)
@@ -320,7 +215,7 @@ class Keeper:
         if progress.data != data:
             raise UserError(f"{self.run}: the training sentences, their labels or the number of processes changed since it "
                             "was stopped; put them back, or start a new run")  # fmt: skip
-        restore(self.optimizer, tensors, progress.scale, self.run / FILE)
+        restore(self.model, self.optimizer, tensors, progress.scale, self.run / FILE)
         for left in self.run.glob(".model-*") if self.writes else ():  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
         log.info("resumed in epoch %d after %d steps", progress.epoch + 1, progress.step)
@@ -342,19 +237,21 @@ class Keeper:
                 raise FileNotFoundError(2, "the folder is gone", str(self.run))
             if self.best and not is_best:
                 self._write_best()
-            save(self.run, self.optimizer, progress)  # first, so that what comes after is written again on resume
+            save(self.run, self.model, self.optimizer, progress)  # first, so that the rest is written again on resume
             if is_best:
                 self.save_model(self.run / "model")
-            self.best, self.failed = None, False
+            self.best, is_best = None, False
             write(self.run / "metrics.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in progress.history))
-        except (OSError, safetensors.SafetensorError) as error:
-            reason = f"{getattr(error, 'filename', None) or self.run}: cannot be written: {getattr(error, 'strerror', None) or error}"
+            self.failed = False
+        except (OSError, safetensors.SafetensorError, UserError) as error:
+            what = getattr(error, "strerror", None) or error
+            reason = f"{getattr(error, 'filename', None) or self.run}: cannot be written: {what}"
             if self.failed:
                 raise UserError(f"{reason}; this was the second time, so the run ends here") from None
             log.warning("%s; the run goes on and tries again at the next checkpoint", reason)
             self.failed = True
             if is_best:
-                self.best = {name: weight.detach().clone() for name, weight in self.optimizer.masters.items()}
+                self.best = self._weights()
         self.last = time.monotonic()
 
     def finish(self, progress: Progress) -> None:
@@ -364,21 +261,20 @@ class Keeper:
 
     def _write_best(self) -> None:
         """Writes model/ from the best weights, and puts the present ones back."""
-        import torch
-
-        masters = self.optimizer.masters
-        now = {name: weight.detach().clone() for name, weight in masters.items()}
+        now = self._weights()
         try:
-            with torch.no_grad():
-                for name, weight in masters.items():
-                    weight.copy_(self.best[name])
-            self.optimizer.write_back()
+            self._put(self.best)
             self.save_model(self.run / "model")
         finally:
-            with torch.no_grad():
-                for name, weight in masters.items():
-                    weight.copy_(now[name])
-            self.optimizer.write_back()
+            self._put(now)
+
+    def _weights(self) -> dict:
+        return {name: weight.detach().clone() for name, weight in self.optimizer.masters.items()}
+
+    def _put(self, weights: dict) -> None:
+        for name, weight in self.optimizer.masters.items():
+            weight.detach().copy_(weights[name])
+        self.optimizer.write_back()
 
 
 class Stop:

@@ -18,6 +18,7 @@ from pathlib import Path
 import checkpoint
 import config as settings
 import evaluate
+import folder
 from errors import UserError, command
 
 log = logging.getLogger("__main__")
@@ -31,13 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     devices = parallel.start(config)
     run = Path(flags.resume) if flags.resume else None
     if devices.is_main_process and not run:
-        config = checkpoint.portable(config)
-        run = checkpoint.new_run(config.output, config.run)
+        config = folder.portable(config)
+        run = folder.new_run(config.output, config.run)
     run = parallel.agreed(run)
-    with checkpoint.opened(run, writes=devices.is_main_process):
+    with folder.opened(run, writes=devices.is_main_process):
         log.info("run %s", run)
         if flags.resume:
-            checkpoint.check_same(config, run)
+            folder.check_same(config, run)
         corpus, dev, test = read_data(config, devices)
         train(config, run, devices, corpus, dev)
         finish(config, run, devices, test, flags.push_to_hub)
@@ -50,7 +51,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     import fast
     import loader
     import model as models
-    from parallel import add_gradients
+    from parallel import add_gradients, after_step
     from tagger import Tagger
 
     # What is trained
@@ -61,8 +62,8 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     if warning := settings.rate_warning(config):
         log.warning("%s", warning)
     if devices.is_main_process:
-        checkpoint.write(run / "config.yaml", settings.dump(config))
-        checkpoint.write(run / "environment.json", json.dumps(checkpoint.environment(devices, dtype), indent=1) + "\n")
+        folder.write(run / "config.yaml", settings.dump(config))
+        folder.write(run / "environment.json", json.dumps(folder.environment(devices, dtype), indent=1) + "\n")
     torch.manual_seed(config.seed)  # new weights are drawn from it
     model, tokenizer, meta = models.build(config, labels, corpus.unit, fast.attention(device))
     log.info("labels: %s", " ".join(labels))
@@ -81,8 +82,8 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
              len(windows), meta["max_length"], size, steps, config.tuning, config.learning_rate)  # fmt: skip
 
     # Where it stands
-    keeper = checkpoint.Keeper(run, optimizer, config.checkpoint_minutes, writes=devices.is_main_process,
-                               save_model=lambda folder: models.save(model, tokenizer, meta, folder))  # fmt: skip
+    keeper = checkpoint.Keeper(run, model, optimizer, config.checkpoint_minutes, devices.is_main_process,
+                               save_model=lambda place: models.save(model, tokenizer, meta, place))  # fmt: skip
     data = checkpoint.digest(corpus.sentences, labels, steps)
     at = keeper.resumed(data) or checkpoint.Progress(data=data, micro_batch=config.batch_size)
     if config.trackers:
@@ -114,7 +115,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
                         norm = optimizer.step(rate, config.max_grad_norm) if math.isfinite(loss) else math.nan
                         if not math.isfinite(loss) or (not math.isfinite(norm) and optimizer.scale == 1):
                             raise UserError(not_finite(config, at, loss, norm, rate, corpus, batch))
-                        models.after_step(model, done + 1, config.epochs * steps)
+                        after_step(model, optimizer, done + 1, config.epochs * steps)
                         if at.step in (0, (steps - 1) // 2, steps - 1):
                             log.info("batch loss %f", loss)
                         at.add(batch, loss, time.perf_counter() - begun)
@@ -231,7 +232,7 @@ def finish(config, run: Path, devices, test: list | None, hub: str | None) -> No
         files = {"predictions.jsonl": rows, "test.json": [scores]} | files
     if devices.is_main_process:
         for name, rows in files.items():
-            checkpoint.write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            folder.write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         import export
         import report
 

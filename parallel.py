@@ -57,6 +57,8 @@ def add_gradients(model, optimizer, batch: list, gold: list[list[int]], pad_id: 
     *gradients, total, asked = summed.split([part.numel() for part in parts])
     for weight, gradient in zip(weights, gradients):
         weight.grad = gradient.view_as(weight).to(weight.dtype)
+        if hasattr(weight, "last_grad"):  # which models.after_step reads, and must be the same in all processes
+            weight.last_grad = weight.grad
     return total.item() / units, asked.item() > 0
 
 
@@ -90,3 +92,16 @@ def _worked_through(model, optimizer, share: list, units: int, gold, pad_id: int
                 "doubles, which computes the same", *shape, at.micro_batch // 2)  # fmt: skip
     at.micro_batch //= 2
     return None
+
+
+def after_step(model, optimizer, step: int, steps: int) -> None:
+    """What the tuning does after an optimizer step (from 1), also to the optimizer's float32 copies of the weights."""
+    import torch
+
+    import model as models
+
+    models.after_step(model, step, steps)
+    with torch.no_grad():
+        for name, weight in optimizer.weights.items():
+            if "lora_E" in name and weight is not optimizer.masters[name]:  # adalora masks ranks by zeros
+                optimizer.masters[name].masked_fill_(weight == 0, 0)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import evaluate
+import folder
 import main
 import model as models
 
@@ -41,7 +42,7 @@ def failing(real, which):
 
     def wrapped(*arguments, **keys):
         calls.append(1)
-        with full_disk() if len(calls) in which else contextlib.nullcontext():
+        with full_disk(100) if len(calls) in which else contextlib.nullcontext():
             return real(*arguments, **keys)
 
     return wrapped
@@ -81,7 +82,7 @@ def graded(monkeypatch):
 def test_one_full_disk_is_survived_and_nothing_is_lost(tmp_path, monkeypatch, graded, where, name):
     main.main(runs.argv(tmp_path, run="whole", epochs=4))
     with monkeypatch.context() as patched:
-        patched.setattr(where, name, failing(getattr(where, name), {4} if name == "write" else {2}))
+        patched.setattr(where, name, failing(getattr(where, name), {2}))
         assert ended(runs.argv(tmp_path, epochs=4)) == 0
     run, whole = tmp_path / "run", tmp_path / "whole"
     warnings = [line for line in log(run).splitlines() if "WARNING" in line and "cannot be written" in line]
@@ -102,6 +103,13 @@ def test_a_disk_that_stays_full_ends_the_run_and_the_last_checkpoint_is_whole(tm
     assert checkpoint.load(run)[1].epoch == 1
     assert ended(["--resume", str(run)]) == 0
     assert lines(run) == lines(tmp_path / "whole"), "what was whole goes on once there is room"
+
+
+def test_curves_that_can_never_be_written_end_the_run_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "write", failing(checkpoint.write, range(100)))
+    assert ended(runs.argv(tmp_path, epochs=4)) == 2
+    assert "metrics.jsonl" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "run")[1].epoch == 2, "what could be written was"
 
 
 @pytest.mark.parametrize(("which", "code"), [({2}, 0), ({2, 3}, 2)])
@@ -230,7 +238,7 @@ def test_runs_started_in_the_same_instant_get_folders_of_their_own(tmp_path, nam
 
     def start():
         gate.wait()
-        made.extend(checkpoint.new_run(tmp_path, name) for _ in range(5))
+        made.extend(folder.new_run(tmp_path, name) for _ in range(5))
 
     threads = [threading.Thread(target=start) for _ in range(16)]
     for thread in threads:

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -127,13 +128,13 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
     """The first comes while a checkpoint is being written, the second too: the old checkpoint stays."""
     steps = []
 
-    def save(run, optimizer, progress, real=checkpoint.save):
+    def save(run, model, optimizer, progress, real=checkpoint.save):
         steps.append(progress.step)
         if len(steps) == 3:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             raise AssertionError("still running after the second signal")
-        real(run, optimizer, progress)
+        real(run, model, optimizer, progress)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(SystemExit) as end:
@@ -250,25 +251,28 @@ def test_the_malice_of_the_next_test_works(tmp_path):
 def test_a_pickle_in_any_file_of_a_run_is_never_run(tmp_path, capsys, tuning):
     import evaluate
     import predict
+    import report
 
     main.main(runs.argv(tmp_path, tuning=tuning, epochs=1))
     run, mark, bad = tmp_path / "run", tmp_path / "mark", tmp_path / "bad"
     files = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
-    extra = ["model/pytorch_model.bin", "model/adapter_model.bin", "model/encoder/pytorch_model.bin", "model/training_args.bin",
-             "checkpoint/optimizer.pt", "checkpoint/state.pt", "model/tokenizer.pkl"]  # fmt: skip
+    extra = {Path("model", name) for name in ("pytorch_model.bin", "adapter_model.bin", "encoder/pytorch_model.bin",
+                                              "training_args.bin", "tokenizer.pkl")} | {Path("checkpoint", "state.pt")}  # fmt: skip
     assert len(files) >= 12
     opened = 0
-    for number, file in enumerate([*files, *extra]):
+    for number, file in enumerate([*files, *sorted(extra)]):
         shutil.rmtree(bad, ignore_errors=True)
         shutil.copytree(run, bad)
         (bad / file).parent.mkdir(exist_ok=True)
         (bad / file).unlink(missing_ok=True)  # not through a hard link
         (bad / file).write_bytes(poisons(mark)[number % 3])
-        if str(file) in extra:  # those are looked at where the safe file is missing
+        if file in extra:  # those are looked at where the safe file is missing
             for safe in (bad / file).parent.glob("*.safetensors"):
                 safe.unlink()
-        for command, arguments in ((main, ["--resume", str(bad)]), (evaluate, ["--run", str(bad)]),
-                                   (predict, ["--run", str(bad), "江泽民在北京"])):  # fmt: skip
+        readers = [(main, ["--resume", str(bad)]), (report, [str(bad)])]
+        if file.parts[0] in ("model", "config.yaml"):
+            readers += [(evaluate, ["--run", str(bad)]), (predict, ["--run", str(bad), "江泽民在北京"])]
+        for command, arguments in readers:
             try:
                 command.main(arguments)
             except SystemExit as end:
@@ -276,7 +280,7 @@ def test_a_pickle_in_any_file_of_a_run_is_never_run(tmp_path, capsys, tuning):
             opened += 1
             assert not mark.exists(), f"{command.__name__} ran the pickle in {file}"
     capsys.readouterr()
-    assert opened >= 60
+    assert opened >= 50
 
 
 def tamper(path, change):
@@ -311,15 +315,19 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path, capsys, damage):
     assert checkpoint.FILE.name in refused(capsys, "--resume", tmp_path / "run")
 
 
-def test_resumed_lora_is_the_same_as_one_that_ran_through(tmp_path):
-    keys = {"tuning": "lora", "learning_rate": 1e-2, "epochs": 2, "lora_dropout": 0.1, "precision": "bf16"}
+@pytest.mark.parametrize("tuning", ["lora", "adalora", "ptuning"])
+def test_other_tunings_go_on_bit_for_bit_in_bf16_too(tmp_path, tuning):
+    keys = {"tuning": tuning, "learning_rate": 1e-2, "epochs": 3, "precision": "bf16"}
+    keys |= {"lora_dropout": 0.1} if tuning == "lora" else {}
     main.main(runs.argv(tmp_path, run="whole", **keys))
-    main.main(runs.argv(tmp_path, run="cut", **keys | {"epochs": 1}))
-    assert lines(tmp_path / "cut") != lines(tmp_path / "whole")[:1], "the schedule depends on the epochs"
     process = runs.Process(runs.argv(tmp_path, run="killed", checkpoint_minutes=0.0001, **keys))
     runs.until(lambda: began(tmp_path / "killed") == 2, process)
+    time.sleep(0.1)
     process.kill()
+    assert not (tmp_path / "killed" / "test.json").exists()
     assert runs.Process(["--resume", tmp_path / "killed"]).wait() == 0
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    ours, theirs = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("killed", "whole"))
-    assert all(ours[key].equal(theirs[key]) for key in ours | theirs)
+    for name in ("model/adapter_model.safetensors", "checkpoint/state.safetensors"):
+        ours, theirs = (load_file(tmp_path / run / name) for run in ("killed", "whole"))
+        assert all(ours[key].equal(theirs[key]) for key in ours | theirs)
+        assert "checkpoint" not in name or any(key.startswith("rank/") for key in ours) == (tuning == "adalora")
