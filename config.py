@@ -209,7 +209,7 @@ def _run_to_resume(resume: str, options: dict[str, str], default: Path) -> Path:
     """The run folder that --resume names; `latest` is the newest one under output that holds a checkpoint."""
     if resume == "latest":
         output = options.get("output") or (_read(default)[0].get("output") if default.is_file() else None)
-        output = Path(output or Config().output)
+        output = resolve_path(output or Config().output) or Path(output)
         runs = [path for path in output.glob("*/checkpoint") if (path.parent / "config.yaml").is_file()]
         if not runs:
             raise UserError(f"--resume latest: no run under {output} holds a checkpoint")

@@ -122,7 +122,9 @@ def save(model, tokenizer, meta: dict, folder) -> None:
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    for stale in folder.parent.glob(f".{folder.name}.saving-*"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
     try:
         fresh.chmod(0o777 & ~_umask())
         with encoder.quiet():
@@ -138,7 +140,7 @@ def save(model, tokenizer, meta: dict, folder) -> None:
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
         if folder.exists():  # a folder cannot be replaced in one step: between the two, the old one lies beside
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
             os.rename(folder, old / folder.name)
             os.rename(fresh, folder)
             shutil.rmtree(old, ignore_errors=True)

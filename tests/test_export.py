@@ -22,6 +22,7 @@ import model
 import predict
 from errors import UserError
 
+COMMIT = "a" * 40
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TEXTS = ["江泽民在北京会见了比尔·盖茨。", "上海", "她没有回答，1998年3月。", "据新华社报道"]
 ENCODERS = [config.ROOT / "data" / "encoder", config.ROOT.parent / "shared" / "candidate_encoder"]
@@ -32,7 +33,8 @@ SCORES["types"] = {"LOC": SCORES["micro"], "PER": SCORES["micro"]}
 
 def run_of(folder, encoder, *argv):
     """A run folder with a model whose trained weights are random, as main.py would leave it."""
-    made = config.load(["--pretrained", str(encoder), "--lora.r", "4", "--max_length", "64", "--decode", "argmax", *argv])[0]
+    argv = ["--pretrained", str(encoder), "--lora.r", "4", "--max_length", "64", "--decode", "argmax", *argv]
+    made = config.load(argv)[0]
     torch.manual_seed(0)
     network, tokenizer, meta = model.build(made, LABELS, "character")
     with torch.no_grad():
@@ -43,7 +45,8 @@ def run_of(folder, encoder, *argv):
     (folder / "config.yaml").write_text(config.dump(made), "utf-8")
     (folder / "test.json").write_text(json.dumps(SCORES))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "dev": SCORES}) + "\n")
-    (folder / "predictions.jsonl").write_text("".join(json.dumps({"chars": list(text)}) + "\n" for text in TEXTS), "utf-8")
+    rows = "".join(json.dumps({"chars": list(text)}) + "\n" for text in TEXTS)
+    (folder / "predictions.jsonl").write_text(rows, "utf-8")
     return folder
 
 
@@ -62,8 +65,14 @@ def predictor(folder):
     return predict.Predictor(*model.load(folder))
 
 
-def entities(found):
+def tagged(folder, texts):
+    found = predictor(folder).predict(texts)
     return [[(one.type, one.start, one.end, pytest.approx(one.score, abs=1e-4)) for one in row] for row in found]
+
+
+def plain(rows):
+    """Without the scores."""
+    return [[one[:3] for one in row] for row in rows]
 
 
 def piped(folder, texts):
@@ -107,7 +116,7 @@ def test_the_pipeline_on_a_merged_folder_finds_what_predict_finds(tmp_path, spec
     sentences = [sentence.chars for sentence in loader.read(str(NER_DATA)).sentences if len(sentence.chars) <= 60]
     texts = ["".join(chars) for chars in sentences][:500]
     assert len(texts) == 500
-    wanted = entities(predictor(made / "model").predict(texts))
+    wanted = tagged(made / "model", texts)
     assert sum(map(len, wanted)) > 1000
     assert piped(tmp_path / "merged", texts) == wanted
 
@@ -148,7 +157,8 @@ ids = numpy.array([coded.ids])
 logits = session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})[0][0]
 print(json.dumps([labels[row.argmax()] for row in logits]), "torch" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "onnx"), TEXTS[0]], capture_output=True, text=True)
+    argv = [sys.executable, "-c", code, str(tmp_path / "onnx"), TEXTS[0]]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     network, tokenizer, _ = model.load(run)
     with torch.no_grad():
@@ -235,20 +245,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             return self.answer(200, {"url": f"{self.server.endpoint}/me/it"})
         if self.path.startswith("/api/models/me/it/preupload/"):
-            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]
-            return self.answer(200, {"files": files})
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            way = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer(200, {"files": [{"path": path, **way} for path in paths]})
         if self.path.startswith("/api/models/me/it/commit/"):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return self.answer(200, {"commitUrl": f"{self.server.endpoint}/me/it/commit/{'a' * 40}", "commitOid": "a" * 40})
+            return self.answer(200, {"commitUrl": f"{self.server.endpoint}/me/it/commit/{COMMIT}", "commitOid": COMMIT})
         return self.answer(200, {})
 
     def do_GET(self):
-        data = self.server.files.get(self.path.removeprefix("/me/it/resolve/main/").removeprefix(f"/me/it/resolve/{'a' * 40}/"))
+        path = self.path.removeprefix("/me/it/resolve/main/").removeprefix(f"/me/it/resolve/{COMMIT}/")
+        data = self.server.files.get(path)
         if data is None:
             return self.answer(404, {}, {"X-Error-Code": "EntryNotFound"} if "/resolve/" in self.path else {})
-        return self.answer(200, data, {"ETag": f'"{hash(data) & 0xFFFFFFFF:x}"', "X-Repo-Commit": "a" * 40})
+        return self.answer(200, data, {"ETag": f'"{hash(data) & 0xFFFFFFFF:x}"', "X-Repo-Commit": COMMIT})
 
     do_HEAD = do_GET
 
@@ -293,9 +305,9 @@ def test_an_adapter_of_a_local_encoder_goes_up_merged_and_comes_down_by_name(run
     assert not [name for name, data in hub.files.items() if str(run).encode() in data], "no folder of this machine"
     assert b'library_name: "transformers"' in hub.files["README.md"] and b"With transformers" in hub.files["README.md"]
     down = lay_out(hub.files, tmp_path / "down")
-    wanted = entities(predictor(run / "model").predict(TEXTS))
+    wanted = tagged(run / "model", TEXTS)
     assert piped(down, TEXTS) == wanted
-    assert [[(one.type, one.start, one.end, one.score) for one in row] for row in predictor(down).predict(TEXTS)] == wanted
+    assert plain(tagged(down, TEXTS)) == plain(wanted)
     # as an encoder for the next one, by its name: from the hub, then from its cache with no hub at all
     code = """
 import os, sys, config, model
@@ -308,8 +320,9 @@ for endpoint in (os.environ["HF_ENDPOINT"], "http://127.0.0.1:9"):
     model.save(network, tokenizer, meta, sys.argv[1])
     print(meta["pretrained"], model.load(sys.argv[1])[0].config.num_labels)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "next")], cwd=config.ROOT, capture_output=True, text=True,
-                          env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint})  # fmt: skip
+    surroundings = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint}
+    argv = [sys.executable, "-c", code, str(tmp_path / "next")]
+    done = subprocess.run(argv, cwd=config.ROOT, capture_output=True, text=True, env=surroundings)
     assert done.stdout == "me/it 3\n" * 2, done.stderr
 
 
@@ -319,9 +332,9 @@ def test_virtual_tokens_go_up_with_their_encoder(encoder, hub, tmp_path):
     assert {"adapter_model.safetensors", "adapter_config.json", "encoder/model.safetensors"} <= set(hub.files)
     assert not [name for name, data in hub.files.items() if str(tmp_path).encode() in data]
     down = lay_out(hub.files, tmp_path / "down")
-    wanted = entities(predictor(made / "model").predict(TEXTS))
+    wanted = tagged(made / "model", TEXTS)
     shutil.rmtree(made)
-    assert [[(one.type, one.start, one.end, one.score) for one in row] for row in predictor(down).predict(TEXTS)] == wanted
+    assert plain(tagged(down, TEXTS)) == plain(wanted)
 
 
 def test_an_adapter_of_a_hub_encoder_goes_up_alone(run, hub, tmp_path):

@@ -149,7 +149,8 @@ def test_biases_and_chosen_layers(encoders, tmp_path, tuning, kind, argv):
         "null" in argv and tuning == "adalora" and kind == "roberta"))
     model.save(network, tokenizer, meta, tmp_path / "model")
     for merged in (True, False):
-        torch.testing.assert_close(logits(model.load(tmp_path / "model", merged=merged)[0]), logits(network), atol=1e-5, rtol=0)
+        loaded = model.load(tmp_path / "model", merged=merged)[0]
+        torch.testing.assert_close(logits(loaded), logits(network), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "rslora"])
@@ -222,7 +223,7 @@ def test_labels_and_dropout_are_in_the_model(encoders, tmp_path):
     assert {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
     kept = built(encoders["bert"], "--dropout", "null")[0]
     assert {module.p for module in kept.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
-    assert set(meta) == {"labels", "unit", "special_tokens", "max_length", "decode", "tuning", "pretrained", "virtual_tokens"}
+    assert set(meta) == set(model.META)
 
 
 def test_standard_loaders_read_an_adapter(encoders, tmp_path):
@@ -290,6 +291,10 @@ def test_a_failed_save_leaves_the_old_model_whole(encoders, tmp_path, monkeypatc
         model.save(network, tokenizer, meta, tmp_path / "model")
     assert {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()} == before
     assert os.listdir(tmp_path) == ["model"]
+    monkeypatch.undo()
+    (tmp_path / ".model.saving-killed").mkdir()
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"], "what a killed process left is swept up"
 
 
 def test_half_precision_encoders_are_loaded_in_float32(tmp_path):
@@ -307,6 +312,16 @@ def test_words_of_byte_level_tokenizers_begin_with_a_space(encoders, tmp_path):
     model.save(network, tokenizer, meta, tmp_path / "model")
     assert model.load(tmp_path / "model")[1].tokenize("human")[0].startswith("Ġ")
     assert not built(encoders["roberta"])[1].tokenize("human")[0].startswith("Ġ")
+
+
+def test_the_published_english_run_builds(encoders, tmp_path):
+    file = config.ROOT / "configs" / "bionlp2004.yaml"
+    made = config.load(["--config", str(file), "--pretrained", str(encoders["roberta"])])[0]
+    network, tokenizer, meta = model.build(made, LABELS, "word")
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert any("query.lora_A" in name for name in trained) and any("LayerNorm.bias" in name for name in trained)
+    model.save(network.eval(), tokenizer, meta, tmp_path / "model")
+    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no candidate encoder beside the project")
@@ -360,7 +375,7 @@ def test_wrong_encoders_are_named(encoders, tmp_path):
 def test_code_that_comes_with_an_encoder_is_not_run(encoders, tmp_path):
     folder = Path(shutil.copytree(encoders["bert"], tmp_path / "encoder"))
     known = json.loads((folder / "config.json").read_text())
-    known |= {"model_type": "theirs", "auto_map": {"AutoConfig": "code.Theirs", "AutoModelForTokenClassification": "code.Model"}}
+    known |= {"model_type": "theirs", "auto_map": {"AutoConfig": "code.A", "AutoModelForTokenClassification": "code.B"}}
     (folder / "config.json").write_text(json.dumps(known))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
     with pytest.raises(UserError, match="config.json cannot be used"):
@@ -468,7 +483,8 @@ def test_missing_cut_and_garbled_files_are_named(saved, tmp_path, tuning, name):
     (folder / name).unlink()
     message = damage(folder)
     assert name in message or ("weights" in message and name == "model.safetensors") or "tokenizer" in message
-    for wrong in (data[: len(data) // 2], b"", b"\x00" * 64, b"[" * 100_000, b"null", data[:-1] + b"\xff" if name.endswith("json") else b"x"):
+    last = data[:-1] + b"\xff" if name.endswith("json") else b"x"
+    for wrong in (data[: len(data) // 2], b"", b"\x00" * 64, b"[" * 100_000, b"null", last):
         (folder / name).write_bytes(wrong)
         message = damage(folder)
         assert str(folder) in message and ("tokenizer" if name == "tokenizer.json" else name) in message
@@ -522,7 +538,8 @@ def test_labels_that_do_not_match_the_head_are_named(saved, tmp_path, tuning):
 
 @pytest.mark.parametrize("changes, said", [
     ({"labels": []}, "labels"), ({"labels": ["O", "O", "B-X", "I-X", "B-Y"]}, "labels"), ({"labels": "O"}, "labels"),
-    ({"labels": [0, 1, 2, 3, 4]}, "labels"), ({"tuning": "nosuch"}, "tuning is 'nosuch'"), ({"tuning": []}, "tuning is []"),
+    ({"labels": [0, 1, 2, 3, 4]}, "labels"), ({"tuning": "nosuch"}, "tuning is 'nosuch'"),
+    ({"tuning": 1}, "tuning is 1"),
     ({"unit": "byte"}, "unit"), ({"decode": "beam"}, "decode"), ({"max_length": "9"}, "max_length is '9'"),
     ({"max_length": True}, "max_length is True"), ({"special_tokens": None}, "special_tokens is None"),
 ])  # fmt: skip
