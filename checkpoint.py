@@ -51,7 +51,7 @@ class Progress:
         self.seconds += seconds
 
     def end_epoch(self, scores: dict, dev_loss: float, rate: float) -> tuple[dict, bool]:
-        """Goes to the next epoch. Returns the line of metrics.jsonl for the last one, and whether it is the best so far."""
+        """Goes to the next epoch. Returns the last one's line of metrics.jsonl, and whether it is the best so far."""
         f1 = scores["micro"]["f1"]
         is_best = self.best is None or f1 > self.history[self.best - 1]["dev"]["micro"]["f1"]
         self.epoch += 1
@@ -112,7 +112,7 @@ def save(run: Path, model, optimizer, progress: Progress) -> None:
 
 
 def _ranks(model) -> dict:
-    """What adalora knows beside its weights: which count how much, and which ranks are masked. Empty for other tunings."""
+    """What adalora knows beside its weights: how much each counts, which ranks are masked. Empty for other tunings."""
     import torch
 
     if not hasattr(getattr(model, "base_model", None), "rankallocator"):
@@ -178,7 +178,9 @@ def restore(model, optimizer, tensors: dict, scale: float, path: Path) -> None:
             shapes = {kind: tensor.shape for kind, tensor in found.items() if tensor is not None}
             whole = dict.fromkeys(("weight", *moments), weight.shape) | {"step": torch.Size()}
             if shapes not in (whole, {"weight": weight.shape}):
-                raise UserError(f"{path}: {name} does not fit the model; was the encoder changed since? start a new run")
+                raise UserError(
+                    f"{path}: {name} does not fit the model; was the encoder changed since? start a new run"
+                )
             weight.copy_(found.pop("weight"))
             if len(shapes) > 1:
                 optimizer.adamw.state[weight] = {kind: tensor.to(weight.device) for kind, tensor in found.items()}
@@ -193,8 +195,8 @@ class Keeper:
     """Writes what a run must not lose: checkpoint, metrics.jsonl, and model/ after a best epoch.
 
     One failed write is survived: the best weights stay in memory and go out with the next checkpoint. A second failure
-    in a row ends the run. `save_model(folder)` writes the model as it stands, whole or not at all. Only the process that
-    `writes` does any of it.
+    in a row ends the run. `save_model(folder)` writes the model as it stands, whole or not at all. Only the process
+    that `writes` does any of it.
     """
 
     def __init__(self, run: Path, model, optimizer, minutes: float, writes: bool, save_model):
@@ -213,8 +215,8 @@ class Keeper:
             return None
         tensors, progress = saved
         if progress.data != data:
-            raise UserError(f"{self.run}: the training sentences, their labels or the number of processes changed since it "
-                            "was stopped; put them back, or start a new run")  # fmt: skip
+            raise UserError(f"{self.run}: the training sentences, their labels or the number of processes changed "
+                            "since it was stopped; put them back, or start a new run")  # fmt: skip
         restore(self.model, self.optimizer, tensors, progress.scale, self.run / FILE)
         for left in self.run.glob(".model-*") if self.writes else ():  # of a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
@@ -241,7 +243,10 @@ class Keeper:
             if is_best:
                 self.save_model(self.run / "model")
             self.best, is_best = None, False
-            write(self.run / "metrics.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in progress.history))
+            write(
+                self.run / "metrics.jsonl",
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in progress.history),
+            )
             self.failed = False
         except (OSError, safetensors.SafetensorError, UserError) as error:
             what = getattr(error, "strerror", None) or error

@@ -59,7 +59,11 @@ def score_sentences(tagger, sentences: list, devices=None) -> tuple[dict, list[l
         found = sorted(gather_object(found))
     predicted = [tags for _, tags, _ in found]
     units = sum(len(tags) for tags in predicted)
-    return score([sentence.tags for sentence in sentences], predicted), predicted, math.fsum(loss for *_, loss in found) / max(1, units)
+    return (
+        score([sentence.tags for sentence in sentences], predicted),
+        predicted,
+        math.fsum(loss for *_, loss in found) / max(1, units),
+    )
 
 
 def newest_run(output: str | Path = "output") -> Path:
@@ -68,11 +72,11 @@ def newest_run(output: str | Path = "output") -> Path:
     Raises UserError where there is none.
     """
     folder = Path(output) if Path(output).is_dir() else Path(__file__).resolve().parent / output
-    for marks in (("test.json", "finished.json"), ("model/ner.json",)):
-        runs = {path.parents[mark.count("/")]: path.stat().st_mtime_ns for mark in marks for path in folder.glob(f"*/{mark}")
-                if (path.parents[mark.count("/")] / "model").is_dir()}  # fmt: skip
-        if runs:
-            return max(runs, key=lambda run: (runs[run], run.name))
+    for marks in (("*/test.json", "*/finished.json"), ("*/model/ner.json",)):
+        found = [(path.stat().st_mtime_ns, folder / path.relative_to(folder).parts[0])
+                 for mark in marks for path in folder.glob(mark)]  # fmt: skip
+        if whole := [(when, run) for when, run in found if (run / "model").is_dir()]:
+            return max(whole)[1]
     raise UserError(f"{folder}: holds no finished run; train one with `python main.py`, or name one with --run")
 
 
@@ -82,7 +86,9 @@ def table(scores: dict) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{'':{width}}  precision    recall        F1   support"]
     for name, row in rows:
-        lines.append(f"{name:{width}}" + "".join(f"  {row[key]:8.6f}" for key in NUMBERS[:3]) + f"  {row['support']:8d}")
+        lines.append(
+            f"{name:{width}}" + "".join(f"  {row[key]:8.6f}" for key in NUMBERS[:3]) + f"  {row['support']:8d}"
+        )
     return "\n".join(lines + [f"accuracy of the tags: {scores['accuracy']:.6f}"])
 
 
@@ -115,7 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     tagger = Tagger.of(run, device, saved.precision if saved else "auto")
     unknown = sorted(set(corpus.entities()) - {label[2:] for label in tagger.labels})
     if unknown:
-        print(f"warning: {data}: types that the run was not trained on count as missed: {', '.join(unknown)}", file=sys.stderr)
+        print(
+            f"warning: {data}: types that the run was not trained on count as missed: {', '.join(unknown)}",
+            file=sys.stderr,
+        )
     scores, _, _ = score_sentences(tagger, corpus.sentences)
     text = json.dumps(scores, ensure_ascii=False, indent=1) + "\n"
     if given.json == "-":

@@ -33,7 +33,9 @@ def new_run(output: str, name: str | None) -> Path:
                 os.mkdir(run)
                 return run
     except OSError as error:
-        raise UserError(f"{wanted}: the run's folder cannot be made: {error.strerror}; name another with --output") from None
+        raise UserError(
+            f"{wanted}: the run's folder cannot be made: {error.strerror}; name another with --output"
+        ) from None
     raise UserError(f"{wanted}: there are too many runs of that name; name another with --run")
 
 
@@ -49,14 +51,19 @@ def portable(config):
 
 
 def check_same(config, run: Path) -> None:
-    """Compares a config with that of the run it is to continue. Raises UserError naming the keys that may not differ."""
+    """Compares a config with that of the run it is to go on with. Raises UserError naming keys that may not differ."""
     saved, differ = settings.load(["--config", str(run / "config.yaml")])[0], []
     for key in settings.Config.model_fields:
         old, new = getattr(saved, key), getattr(config, key)
-        if old != new and not (key in PATHS and old and new and (settings.resolve_path(old) or 1) == settings.resolve_path(new)):
+        if old != new and not (
+            key in PATHS and old and new and (settings.resolve_path(old) or 1) == settings.resolve_path(new)
+        ):
             differ.append(key)
     if differ:
-        log.info("other config than the run's: %s", ", ".join(f"{key} ({getattr(config, key)}, was {getattr(saved, key)})" for key in differ))
+        log.info(
+            "other config than the run's: %s",
+            ", ".join(f"{key} ({getattr(config, key)}, was {getattr(saved, key)})" for key in differ),
+        )
     wrong = [key for key in differ if key not in MAY_DIFFER]
     if wrong:
         raise UserError(f"--resume {run}: {', '.join(wrong)} may not differ from {run / 'config.yaml'} "
@@ -95,7 +102,11 @@ def opened(run: Path, writes: bool):
             logging.root.removeHandler(handler)
             with contextlib.suppress(OSError):
                 handler.close()
-        if fresh and run.is_dir() and not {path.name for path in run.iterdir()} - {"train.log", "config.yaml", "environment.json"}:
+        if (
+            fresh
+            and run.is_dir()
+            and not {path.name for path in run.iterdir()} - {"train.log", "config.yaml", "environment.json"}
+        ):
             if sys.exc_info()[0] is not None:
                 shutil.rmtree(run, ignore_errors=True)
         os.close(lock)

@@ -1,9 +1,9 @@
 """Trains a tagger: reads the sentences, tunes the encoder, keeps the best epoch, scores it once on test.
 
-    python main.py                                # everything as config.yaml says
-    python main.py --tuning full --epochs 8       # any key of it, on the command line
-    python main.py --resume latest                # go on where a run was stopped
-    accelerate launch main.py                     # the same on several devices
+python main.py                                # everything as config.yaml says
+python main.py --tuning full --epochs 8       # any key of it, on the command line
+python main.py --resume latest                # go on where a run was stopped
+accelerate launch main.py                     # the same on several devices
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
         devices.init_trackers("ner", {key: str(value) for key, value in config.model_dump().items()})
 
     def rate_at(step: int) -> float:
-        """A straight line up, then one down that reaches 0 after the last step; `step` counts from 0 over all epochs."""
+        """A straight line up, then one down that reaches 0 after the last step; steps count from 0, over all epochs."""
         total, warmup = config.epochs * steps, round(config.epochs * steps * config.warmup_ratio)
         share = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
         return config.learning_rate * share
@@ -131,8 +131,9 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
                 log_scores(scores)
                 with stop.patiently():
                     line, is_best = at.end_epoch(scores, dev_loss, rate_at(at.epoch * steps + steps - 1))
-                    log.info("epoch %d took %.1f seconds, %.0f tokens a second; dev loss %f%s", at.epoch, line["seconds"],
-                             line["tokens_per_second"], dev_loss, "; the best so far" if is_best else "")  # fmt: skip
+                    log.info("epoch %d took %.1f seconds, %.0f tokens a second; dev loss %f%s", at.epoch,
+                             line["seconds"], line["tokens_per_second"], dev_loss,
+                             "; the best so far" if is_best else "")  # fmt: skip
                     if not any(tag != "O" for tags in predicted for tag in tags):
                         log.warning("%s", nothing_found(config, at.epoch * steps))
                     keeper.keep(at, is_best)

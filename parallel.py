@@ -30,7 +30,9 @@ def agreed(value):
     return broadcast_object_list([value])[0]
 
 
-def add_gradients(model, optimizer, batch: list, gold: list[list[int]], pad_id: int, devices, at, asked: bool) -> tuple[float, bool]:
+def add_gradients(
+    model, optimizer, batch: list, gold: list[list[int]], pad_id: int, devices, at, asked: bool
+) -> tuple[float, bool]:
     """Adds the gradient of the mean loss over all labelled units of a batch of windows, which the processes share out.
 
     Each process works through its share at.micro_batch windows at a time, fewer where memory does not suffice. As every
@@ -42,7 +44,7 @@ def add_gradients(model, optimizer, batch: list, gold: list[list[int]], pad_id: 
 
     import checkpoint
 
-    share, units = batch[devices.process_index::devices.num_processes], checkpoint.units(batch)
+    share, units = batch[devices.process_index :: devices.num_processes], checkpoint.units(batch)
     while (total := _worked_through(model, optimizer, share, units, gold, pad_id, devices.device, at)) is None:
         for weight in optimizer.weights.values():
             weight.grad = None
@@ -75,7 +77,7 @@ def _worked_through(model, optimizer, share: list, units: int, gold, pad_id: int
     total, shape = torch.zeros((), device=device), (0, 0)
     try:
         for start in range(0, len(share), at.micro_batch):
-            inputs = loader.collate(share[start:start + at.micro_batch], pad_id, gold)
+            inputs = loader.collate(share[start : start + at.micro_batch], pad_id, gold)
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             labels = inputs.pop("labels")
             shape = tuple(labels.shape)
@@ -87,9 +89,11 @@ def _worked_through(model, optimizer, share: list, units: int, gold, pad_id: int
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
     if at.micro_batch == 1:
-        raise UserError(f"out of memory on one window of {shape[1]} tokens; lower max_length, or take a smaller encoder")
-    log.warning("out of memory on a batch of %d windows x %d tokens: from here on a batch is %d windows, and the accumulation "
-                "doubles, which computes the same", *shape, at.micro_batch // 2)  # fmt: skip
+        raise UserError(
+            f"out of memory on one window of {shape[1]} tokens; lower max_length, or take a smaller encoder"
+        )
+    log.warning("out of memory on a batch of %d windows x %d tokens: from here on a batch is %d windows, and the "
+                "accumulation doubles, which computes the same", *shape, at.micro_batch // 2)  # fmt: skip
     at.micro_batch //= 2
     return None
 

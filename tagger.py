@@ -55,5 +55,5 @@ class Tagger:
         """For each sentence of n units: n IOB2 tags, and float32 [n], the probability of the chosen tag."""
         tagged, step = [], self.batch_size * SENTENCES_AT_ONCE
         for start in range(0, len(sentences), step):
-            tagged += self.decoded(self.log_probs(sentences[start:start + step]))
+            tagged += self.decoded(self.log_probs(sentences[start : start + step]))
         return tagged

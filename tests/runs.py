@@ -15,8 +15,8 @@ from pathlib import Path
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "model", "tagger", "parallel", "fast", "report", "export",
-           "seqeval.metrics.v1", "seqeval.scheme", "tqdm.contrib.logging"]  # fmt: skip
+IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "model", "tagger", "parallel", "fast", "report",
+           "export", "seqeval.metrics.v1", "seqeval.scheme", "tqdm.contrib.logging"]  # fmt: skip
 
 
 @functools.cache
@@ -35,7 +35,11 @@ def argv(output, **keys) -> list[str]:
     settings = {"train": here / "train", "dev": here / "dev", "test": here / "test", "pretrained": here / "encoder",
                 "output": output, "run": "run", "tuning": "full", "learning_rate": 5e-3, "epochs": 2, "max_length": 64,
                 "precision": "fp32"} | keys  # fmt: skip
-    return [part for key, value in settings.items() for part in (f"--{key.replace('lora_', 'lora.')}", "null" if value is None else str(value))]
+    return [
+        part
+        for key, value in settings.items()
+        for part in (f"--{key.replace('lora_', 'lora.')}", "null" if value is None else str(value))
+    ]
 
 
 class Process:
@@ -43,7 +47,9 @@ class Process:
 
     def __init__(self, arguments: list[str], environment: dict | None = None, folder=None):
         self._file = tempfile.NamedTemporaryFile(suffix=".txt")
-        self._process = _server().Process(target=_child, args=(list(map(str, arguments)), self._file.name, environment or {}, folder or ROOT))
+        self._process = _server().Process(
+            target=_child, args=(list(map(str, arguments)), self._file.name, environment or {}, folder or ROOT)
+        )
         self._process.start()
 
     @property

@@ -31,7 +31,12 @@ def test_an_entity_counts_when_type_start_and_end_are_right():
     scores = evaluate.score(gold, [tags(("PER", 0, 3), ("LOC", 5, 8)), tags(("LOC", 2, 4))])
     assert scores["types"]["PER"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
     assert scores["types"]["LOC"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
-    assert scores["micro"] == {"precision": pytest.approx(1 / 3), "recall": pytest.approx(1 / 3), "f1": pytest.approx(1 / 3), "support": 3}
+    assert scores["micro"] == {
+        "precision": pytest.approx(1 / 3),
+        "recall": pytest.approx(1 / 3),
+        "f1": pytest.approx(1 / 3),
+        "support": 3,
+    }
     assert scores["macro"]["f1"] == pytest.approx(1 / 3)
     assert scores["weighted"]["f1"] == pytest.approx(4 / 9)
     assert scores["accuracy"] == pytest.approx(17 / 20)
@@ -66,12 +71,14 @@ SPANS = st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 3), st.integer
 @st.composite
 def corpora(draw):
     """Pairs of gold and predicted well-formed tags."""
+
     def one():
         made, place = [], 0
         for kind, gap, length in draw(SPANS):
             made.append((kind, place + gap, place + gap + length))
             place += gap + length
         return made
+
     return [(tags(*one(), length=35), tags(*one(), length=35)) for _ in range(draw(st.integers(1, 4)))]
 
 
@@ -93,9 +100,13 @@ def test_scores_equal_a_count_by_hand(pairs):
         return precision, recall, 2 * precision * recall / (precision + recall) if right else 0, true
 
     by_type = {kind: f1(*row) for kind, row in sorted(counts.items())}
-    assert {kind: tuple(row.values()) for kind, row in scores["types"].items()} == {kind: pytest.approx(row) for kind, row in by_type.items()}
+    assert {kind: tuple(row.values()) for kind, row in scores["types"].items()} == {
+        kind: pytest.approx(row) for kind, row in by_type.items()
+    }
     assert list(scores["types"]) == sorted(counts)
-    assert tuple(scores["micro"].values()) == pytest.approx(f1(*map(sum, zip(*counts.values()))) if counts else (0, 0, 0, 0))
+    assert tuple(scores["micro"].values()) == pytest.approx(
+        f1(*map(sum, zip(*counts.values()))) if counts else (0, 0, 0, 0)
+    )
     if counts:
         assert scores["macro"]["f1"] == pytest.approx(sum(row[2] for row in by_type.values()) / len(by_type))
         supports = max(1, sum(row[3] for row in by_type.values()))
@@ -104,7 +115,8 @@ def test_scores_equal_a_count_by_hand(pairs):
 
 def test_importing_does_nothing_and_hides_no_library():
     code = ("import importlib.util, sys; assert importlib.util.find_spec('evaluate').origin.startswith(sys.argv[1])\n"
-            "import evaluate; heavy = {'torch', 'transformers', 'seqeval', 'numpy'} & set(sys.modules); assert not heavy, heavy\n"
+            "import evaluate; heavy = {'torch', 'transformers', 'seqeval', 'numpy'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
             "import transformers, datasets, accelerate\n")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, str(runs.ROOT)], cwd=runs.ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
@@ -142,7 +154,9 @@ def run(tmp_path_factory):
 
 def test_the_command_gives_the_numbers_of_test_json_exactly(run, tmp_path, capsys):
     evaluate.main(["--run", str(run), "--json", str(tmp_path / "scores.json")])
-    assert json.loads((tmp_path / "scores.json").read_text("utf-8")) == json.loads((run / "test.json").read_text("utf-8"))
+    assert json.loads((tmp_path / "scores.json").read_text("utf-8")) == json.loads(
+        (run / "test.json").read_text("utf-8")
+    )
     table = capsys.readouterr().out
     assert all(name in table for name in (*TYPES, "micro", "macro", "weighted", "accuracy"))
     evaluate.main(["--run", str(run), "--json", "-"])
@@ -158,7 +172,12 @@ def test_other_data_is_scored_and_unknown_types_are_named(run, tmp_path, capsys)
 
 
 def test_the_run_is_found_and_scored_from_another_folder(run):
-    done = subprocess.run([sys.executable, str(runs.ROOT / "evaluate.py"), "--run", run, "--json", "-"], cwd="/", capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(runs.ROOT / "evaluate.py"), "--run", run, "--json", "-"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((run / "test.json").read_text("utf-8"))
 

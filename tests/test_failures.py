@@ -68,7 +68,10 @@ def log(run) -> str:
 @pytest.fixture
 def graded(monkeypatch):
     """Dev scores as if the second epoch were the best of four."""
-    def score_sentences(tagger, sentences, devices=None, real=evaluate.score_sentences, grades=[]):
+
+    grades, real = [], evaluate.score_sentences
+
+    def score_sentences(tagger, sentences, devices=None):
         scores, predicted, loss = real(tagger, sentences, devices)
         if tagger.model.training:
             grades.append(1)
@@ -195,6 +198,7 @@ def test_a_learning_rate_from_another_world_is_caught(tmp_path, capsys):
 
 def scarce(limit):
     """loss_sum of a device that has memory for `limit` windows."""
+
     def loss_sum(logits, labels, real=models.loss_sum):
         if len(labels) > limit:
             loss, _ = real(logits, labels)

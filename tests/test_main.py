@@ -69,8 +69,8 @@ def test_the_terminal_shows_the_same_log(tmp_path, capfd):
 
 def test_a_run_leaves_all_that_others_read(run):
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "train.log", "metrics.jsonl", "model", "test.json", "checkpoint", "report.html", "predictions.jsonl",
-        "environment.json", "finished.json",
+        "config.yaml", "train.log", "metrics.jsonl", "model", "test.json", "checkpoint", "report.html",
+        "predictions.jsonl", "environment.json", "finished.json",
     }  # fmt: skip
     lines = metrics(run)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -79,9 +79,15 @@ def test_a_run_leaves_all_that_others_read(run):
         assert line["seconds"] > 0 and line["tokens_per_second"] > 0 and 0 < line["learning_rate"] <= 5e-3
         assert line["learning_rate"] == pytest.approx(5e-3 * (1 + 39 - line["epoch"] * 13) / 35)
     for scores in (lines[-1]["dev"], json.loads((run / "test.json").read_text("utf-8"))):
-        assert set(scores) == {"micro", "macro", "weighted", "types", "accuracy"} and set(scores["types"]) == {"LOC", "ORG", "PER"}
+        assert set(scores) == {"micro", "macro", "weighted", "types", "accuracy"} and set(scores["types"]) == {
+            "LOC",
+            "ORG",
+            "PER",
+        }
         for row in (scores["micro"], scores["macro"], scores["weighted"], *scores["types"].values()):
-            assert set(row) == {"precision", "recall", "f1", "support"} and all(0 <= row[key] <= 1 for key in ("precision", "recall", "f1"))
+            assert set(row) == {"precision", "recall", "f1", "support"} and all(
+                0 <= row[key] <= 1 for key in ("precision", "recall", "f1")
+            )
     assert lines[-1]["dev"]["micro"]["f1"] > 0.8, "it learned"
 
 
@@ -90,16 +96,24 @@ def test_predictions_are_the_test_file_with_tags_and_give_its_scores(run):
     blocks = [block.splitlines() for block in (runs.world() / "test").read_text("utf-8").strip().split("\n\n")]
     assert [["".join(line[0]) for line in block] for block in blocks] == [row["chars"] for row in rows]
     assert [[line[2:] for line in block] for block in blocks] == [row["gold"] for row in rows]
-    assert evaluate.score([row["gold"] for row in rows], [row["predicted"] for row in rows]) == json.loads((run / "test.json").read_text("utf-8"))
+    assert evaluate.score([row["gold"] for row in rows], [row["predicted"] for row in rows]) == json.loads(
+        (run / "test.json").read_text("utf-8")
+    )
 
 
 def test_the_run_goes_through_all_three_commands(run, tmp_path, capsys):
     evaluate.main(["--run", str(run), "--json", str(tmp_path / "scores.json")])
-    assert json.loads((tmp_path / "scores.json").read_text("utf-8")) == json.loads((run / "test.json").read_text("utf-8"))
+    assert json.loads((tmp_path / "scores.json").read_text("utf-8")) == json.loads(
+        (run / "test.json").read_text("utf-8")
+    )
     capsys.readouterr()
     predict.main(["--run", str(run), "--json", "江泽民在北京会见了比尔·盖茨。"])
     found = json.loads(capsys.readouterr().out)
-    assert [(entity["text"], entity["type"]) for entity in found["entities"]] == [("江泽民", "PER"), ("北京", "LOC"), ("比尔·盖茨", "PER")]
+    assert [(entity["text"], entity["type"]) for entity in found["entities"]] == [
+        ("江泽民", "PER"),
+        ("北京", "LOC"),
+        ("比尔·盖茨", "PER"),
+    ]
 
 
 def test_its_config_runs_again_and_gives_the_same(run, tmp_path):
@@ -179,7 +193,9 @@ def test_an_epoch_that_finds_nothing_says_so_and_why(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "score_sentences", score_sentences)
     main.main(runs.argv(tmp_path, tuning="lora", learning_rate=1e-5, epochs=1))
     said = [line for line in log(tmp_path / "run").splitlines() if "WARNING" in line]
-    assert sum("learning_rate 1e-05 is too low for lora" in line for line in said) == 2, "before training, and as the cause"
+    assert sum("learning_rate 1e-05 is too low for lora" in line for line in said) == 2, (
+        "before training, and as the cause"
+    )
     assert any("no entity at all was predicted" in line and "too low" in line for line in said)
     main.main(runs.argv(tmp_path, learning_rate=2e-4, epochs=1))
     assert "the likely cause: 13 steps at learning rate 0.0002 were too few" in log(tmp_path / "run-2")
@@ -202,7 +218,11 @@ def test_one_sentence_is_enough_to_run(tmp_path):
 def test_long_sentences_are_trained_and_scored_whole(tmp_path):
     text = (runs.world() / "train").read_text("utf-8").replace("\n\n", "\n")
     (tmp_path / "long").write_text(text, "utf-8")
-    main.main(runs.argv(tmp_path, train=tmp_path / "long", dev=tmp_path / "long", test=tmp_path / "long", max_length=32, epochs=2))
+    main.main(
+        runs.argv(
+            tmp_path, train=tmp_path / "long", dev=tmp_path / "long", test=tmp_path / "long", max_length=32, epochs=2
+        )
+    )
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 1 and len(rows[0]["predicted"]) == len(rows[0]["chars"]) == 2777
     assert metrics(tmp_path / "run")[0]["dev"]["micro"]["support"] == 409
@@ -226,7 +246,9 @@ def test_the_learning_rate_rises_and_falls_in_straight_lines(tmp_path, monkeypat
 
     monkeypatch.setattr(fast.Optimizer, "step", step)
     main.main(runs.argv(tmp_path, warmup_ratio=0.25, learning_rate=1e-3))  # 26 steps, 6 of them warm-up
-    assert rates == pytest.approx([1e-3 * step / 6 for step in range(1, 7)] + [1e-3 * step / 20 for step in range(20, 0, -1)])
+    assert rates == pytest.approx(
+        [1e-3 * step / 6 for step in range(1, 7)] + [1e-3 * step / 20 for step in range(20, 0, -1)]
+    )
 
 
 def test_missing_default_files_are_brought(tmp_path, monkeypatch):
@@ -263,7 +285,12 @@ def test_curves_go_to_tensorboard(tmp_path):
 def test_a_tracker_that_is_not_there_is_named(tmp_path, capsys, name, said):
     with pytest.raises(SystemExit) as end:
         main.main(runs.argv(tmp_path, trackers=f"[{name}]"))
-    assert end.value.code == 2 and name in (text := capsys.readouterr().err) and said in text and not list(tmp_path.iterdir())
+    assert (
+        end.value.code == 2
+        and name in (text := capsys.readouterr().err)
+        and said in text
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_a_wrong_key_is_answered_before_torch_is_imported():

@@ -33,7 +33,10 @@ def metrics(run) -> list[dict]:
 
 
 def lines(run):
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in metrics(run)]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
+        for line in metrics(run)
+    ]
 
 
 def assert_alike(run, other):
@@ -75,7 +78,9 @@ def test_only_the_first_writes(two):
 def test_every_sentence_is_scored_once(two):
     rows = [json.loads(line) for line in (two[0] / "run" / "predictions.jsonl").read_text("utf-8").splitlines()]
     text = (runs.world() / "test").read_text("utf-8").strip()
-    assert ["".join(row["chars"]) for row in rows] == ["".join(line[0] for line in block.splitlines()) for block in text.split("\n\n")]
+    assert ["".join(row["chars"]) for row in rows] == [
+        "".join(line[0] for line in block.splitlines()) for block in text.split("\n\n")
+    ]
 
 
 def test_shares_may_be_uneven_or_empty(tmp_path):
@@ -105,7 +110,9 @@ def test_two_killed_processes_go_on_bit_for_bit(two, tmp_path):
 def test_a_signal_to_one_stops_both_after_the_same_step(two, tmp_path):
     run = tmp_path / "run"
     both = pair(runs.argv(tmp_path, dropout=0, epochs=3, batch_size=8))
-    runs.until(lambda: (run / "train.log").exists() and "epoch 2 begin" in (run / "train.log").read_text("utf-8"), both[0])
+    runs.until(
+        lambda: (run / "train.log").exists() and "epoch 2 begin" in (run / "train.log").read_text("utf-8"), both[0]
+    )
     both[1].send(signal.SIGINT)
     assert ended(both) == [130, 130] and "--resume" in both[0].output
     assert ended(pair(["--resume", run])) == [0, 0]
@@ -124,18 +131,21 @@ def test_another_number_of_processes_is_refused(two, capsys):
     assert end.value.code == 2 and "number of processes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("launcher", [
-    ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-     "--dynamo_backend", "no", "--main_process_port"],  # --cpu would start a single process, or ask for MPI
-    ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
-], ids=["accelerate", "torchrun"])  # fmt: skip
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+LAUNCHERS = {  # accelerate's --cpu would start a single process, or ask for MPI
+    "accelerate": f"{ACCELERATE} --dynamo_backend no --main_process_port",
+    "torchrun": "torch.distributed.run --nproc_per_node 2 --master_port",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_the_launchers_commands_do_it(two, tmp_path, launcher):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        launcher = [*launcher, str(free.getsockname()[1])]
+        launcher = [*launcher.split(), str(free.getsockname()[1])]
     settings = runs.argv(tmp_path, dropout=0, epochs=3, batch_size=8)
     place = settings.index("--run")  # which torchrun takes for an option of its own
-    command = [sys.executable, "-m", *launcher, "main.py", *settings[:place], *settings[place + 2:]]
+    command = [sys.executable, "-m", *launcher, "main.py", *settings[:place], *settings[place + 2 :]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -169,7 +169,8 @@ def refused(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(("key", "value"), [("tuning", "lora"), ("seed", 2), ("batch_size", 8), ("max_length", 32),
-                                            ("learning_rate", 1e-3), ("train", None), ("pretrained", None)])  # fmt: skip
+                                            ("learning_rate", 1e-3), ("train", None),
+                                            ("pretrained", None)])  # fmt: skip
 def test_keys_that_may_not_differ_are_named(whole, capsys, tmp_path, key, value):
     if value is None:
         source = runs.world() / {"train": "train", "pretrained": "encoder"}[key]
@@ -256,8 +257,9 @@ def test_a_pickle_in_any_file_of_a_run_is_never_run(tmp_path, capsys, tuning):
     main.main(runs.argv(tmp_path, tuning=tuning, epochs=1))
     run, mark, bad = tmp_path / "run", tmp_path / "mark", tmp_path / "bad"
     files = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file()]
-    extra = {Path("model", name) for name in ("pytorch_model.bin", "adapter_model.bin", "encoder/pytorch_model.bin",
-                                              "training_args.bin", "tokenizer.pkl")} | {Path("checkpoint", "state.pt")}  # fmt: skip
+    extra = ("model/pytorch_model.bin", "model/adapter_model.bin", "model/encoder/pytorch_model.bin",
+             "model/training_args.bin", "model/tokenizer.pkl", "checkpoint/state.pt")  # fmt: skip
+    extra = set(map(Path, extra))
     assert len(files) >= 12
     opened = 0
     for number, file in enumerate([*files, *sorted(extra)]):
@@ -294,21 +296,32 @@ def tamper(path, change):
     save_file(tensors, path, {"progress": progress if isinstance(progress, str) else json.dumps(progress)})
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    lambda path: path.write_bytes(b""),
-    lambda path: tamper(path, lambda tensors, progress: "[" * 100_000),
-    lambda path: tamper(path, lambda tensors, progress: "[]"),
-    lambda path: tamper(path, lambda tensors, progress: {"epoch": 1}),
-    lambda path: tamper(path, lambda tensors, progress: progress | {"epoch": "1"}),
-    lambda path: tamper(path, lambda tensors, progress: progress | {"history": [{"evil": 1}]}),
-    lambda path: tamper(path, lambda tensors, progress: progress | {"best": 99}),
-    lambda path: tamper(path, lambda tensors, progress: progress | {"epoch": -5, "step": -3}),
-    lambda path: tamper(path, lambda tensors, progress: progress | {"micro_batch": 0}),
-    lambda path: tamper(path, lambda tensors, progress: tensors.pop("weight/classifier.bias") is None),
-    lambda path: tamper(path, lambda tensors, progress: tensors.update({"weight/classifier.bias": tensors["weight/classifier.bias"][:2]})),
-    lambda path: tamper(path, lambda tensors, progress: tensors.update({"exp_avg/classifier.bias": tensors["step/classifier.bias"].clone()})),
-], ids=["cut", "empty", "nested", "list", "keys", "type", "history", "best", "negative", "zero", "missing", "shape", "moment"])  # fmt: skip
+BIAS = "classifier.bias"
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "nested": lambda path: tamper(path, lambda tensors, progress: "[" * 100_000),
+    "list": lambda path: tamper(path, lambda tensors, progress: "[]"),
+    "keys": lambda path: tamper(path, lambda tensors, progress: {"epoch": 1}),
+    "type": lambda path: tamper(path, lambda tensors, progress: progress | {"epoch": "1"}),
+    "history": lambda path: tamper(path, lambda tensors, progress: progress | {"history": [{"evil": 1}]}),
+    "best": lambda path: tamper(path, lambda tensors, progress: progress | {"best": 99}),
+    "negative": lambda path: tamper(path, lambda tensors, progress: progress | {"step": -3}),
+    "zero": lambda path: tamper(path, lambda tensors, progress: progress | {"micro_batch": 0}),
+    "missing": lambda path: tamper(path, lambda tensors, progress: tensors.pop(f"weight/{BIAS}") is None),
+    "more": lambda path: tamper(
+        path, lambda tensors, progress: tensors.update(other=tensors[f"weight/{BIAS}"].clone())
+    ),
+    "shape": lambda path: tamper(
+        path, lambda tensors, progress: tensors.update({f"weight/{BIAS}": tensors[f"weight/{BIAS}"][:2].clone()})
+    ),
+    "moment": lambda path: tamper(
+        path, lambda tensors, progress: tensors.update({f"exp_avg/{BIAS}": tensors[f"step/{BIAS}"].clone()})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_named(whole, tmp_path, capsys, damage):
     shutil.copytree(whole, tmp_path / "run")
     damage(tmp_path / "run" / checkpoint.FILE)
