@@ -107,9 +107,36 @@ class Dropout(nn.Module):
         return x * self.mask[start:start + x.numel()].view(x.shape)
 
 
+def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Scaled dot-product attention as transformers' eager one computes it, but for where its dropout is drawn.
+
+    query, key, value [batch, heads, length, width]; returns [batch, length, heads, width] and the probabilities."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    share = nn.functional.softmax(scores, dim=-1)
+    if dropout > 0:
+        share = module.dropout(share)
+    return torch.matmul(share, value).transpose(1, 2).contiguous(), share
+
+
+def _draw_attention_dropout_beforehand(model):
+    """Has an eager attention with an nn.Dropout of its own use that (by then a Dropout) instead of the functional."""
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register("eager_drawn", _attend)
+    AttentionMaskInterface.register("eager_drawn", eager_mask)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if (isinstance(getattr(module, "dropout", None), Dropout) and hasattr(module, "scaling")
+                and getattr(config, "_attn_implementation", None) == "eager"):  # fmt: skip
+            config._attn_implementation = "eager_drawn"
+
+
 def prepare(model, dtype, device):
-    """Readies a model for training, in place: moved to `device`, all floating-point weights in `dtype`, LoRA
-    layers fused, and on a CPU the dropout masks drawn beforehand. Returns the number of fused LoRA layers."""
+    """Readies a model in place: moved to `device`, all floating-point weights in `dtype`, LoRA layers fused, and on
+    a CPU the dropout masks drawn beforehand. Returns the number of fused LoRA layers."""
     model.to(device=device, dtype=dtype)
     fused = 0
     masks = {}
@@ -122,6 +149,8 @@ def prepare(model, dtype, device):
                     if child.p not in masks:
                         masks[child.p] = Dropout(child.p).to(dtype)
                     setattr(module, name, masks[child.p])
+    if masks:
+        _draw_attention_dropout_beforehand(model)
     return fused
 
 

@@ -27,6 +27,7 @@ META = {"labels": list, "unit": str, "special_tokens": bool, "max_length": int, 
         "pretrained": str, "virtual_tokens": int}  # fmt: skip
 VIRTUAL = ("prompt", "prefix", "ptuning")
 SHORTEST = 8  # tokens a window needs
+UNUSUAL = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")  # left to peft to merge
 
 # tuning -> the peft config, from (peft, what every adapter is told, what lora's kin is told, config); or, where there
 # is no adapter, the pattern of the names of the weights that are trained beside the head
@@ -258,9 +259,8 @@ def _load_adapter(folder: Path, meta: dict, merged: bool, attention: str | None)
     settings = encoder.read_settings(source, what, meta["labels"])
     model = encoder.read_model(source, what, settings, attention, new_head=True)
     adapter = encoder.read_json(settings_file)
-    unusual = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
-    if merged and meta["tuning"] in ("lora", "rslora") and not any(adapter.get(key) for key in unusual):
-        return _merge_lora(model, tensors, adapter, folder)
+    if merged and meta["tuning"] in ("lora", "rslora") and not any(adapter.get(key) for key in UNUSUAL):
+        return merge_lora(model, tensors, adapter, folder)
     import peft
 
     with encoder.quiet():
@@ -278,7 +278,7 @@ def _load_adapter(folder: Path, meta: dict, merged: bool, attention: str | None)
 
 
 @torch.no_grad()
-def _merge_lora(model, tensors: dict, adapter: dict, folder: Path):
+def merge_lora(model, tensors: dict, adapter: dict, folder: Path):
     """The encoder with W + scale·B·A in place of each W (LoRA, Hu et al. 2021, section 4.1), as peft merges it."""
     weights = dict(model.named_parameters())
     try:

@@ -74,11 +74,16 @@ def load(run: str | Path | None = None, batch_size: int = 32) -> Predictor:
     folder = _folder(run)
     import torch
 
+    import bert
     import fast
-    import model
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    network, tokenizer, meta = model.load(folder, device=device)
+    found = bert.load(folder)
+    if found is None:
+        import model
+
+        found = model.load(folder, device=device)
+    network, tokenizer, meta = found
     fast.prepare(network, fast.choose("auto", device)[0], device)
     _last = Predictor(network, tokenizer, meta, batch_size)
     return _last

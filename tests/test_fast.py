@@ -161,3 +161,23 @@ def test_what_is_chosen_has_a_reason():
     dtype, reason = fast.choose("auto", "cpu")
     assert dtype in (torch.float32, torch.bfloat16) and "CPU" in reason
     assert fast.attention("cpu") == "eager" and fast.attention("cuda") == "sdpa"
+
+
+def test_attention_dropout_is_drawn_beforehand_and_changes_nothing_when_tagging():
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=5,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.3, attn_implementation="eager"))
+    ids = torch.randint(0, 60, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    before = model.eval()(input_ids=ids, attention_mask=mask).logits
+    fast.prepare(model, torch.float32, "cpu")
+    assert model.config._attn_implementation == "eager_drawn"
+    assert torch.allclose(model(input_ids=ids, attention_mask=mask).logits, before, atol=1e-6)
+    model.train()
+    torch.manual_seed(5)
+    first = model(input_ids=ids, attention_mask=mask).logits
+    second = model(input_ids=ids, attention_mask=mask).logits
+    torch.manual_seed(5)
+    assert torch.equal(first, model(input_ids=ids, attention_mask=mask).logits) and not torch.equal(first, second)
