@@ -103,6 +103,8 @@ def load(folder: Path):
         settings = json.loads((source / "config.json").read_text("utf-8"))
         if settings["model_type"] != "bert" or settings["hidden_act"] != "gelu" or settings.get("is_decoder"):
             return None
+        if list(settings["id2label"].values()) != meta["labels"]:
+            return None
         with torch.device("meta"):
             model = Bert(settings, len(meta["labels"]))
         tensors = load_file(source / "model.safetensors")

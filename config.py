@@ -54,7 +54,7 @@ class Config(_Strict):
     train: str = _key("data/msra/train", "labelled sentences, a file or hub:NAME", min_length=1)
     dev: str | None = _key("data/msra/dev", "picks the best epoch; null holds 5% of train out", min_length=1)
     test: str | None = _key("data/msra/test", "scored once, at the end; null for none", min_length=1)
-    max_train_sentences: int | None = _key(12000, "a seeded sample of train; null takes all of it", ge=1)
+    max_train_sentences: int | None = _key(8000, "a seeded sample of train; null takes all of it", ge=1)
     pretrained: str = _key("data/encoder", "the encoder: a local folder or a hub name", min_length=1)
     tuning: TUNINGS = _key("lora", "lora, full, dora, rslora, adalora, ia3, bitfit, freeze, prompt, prefix, ptuning")
     special_tokens: bool = _key(True, "put [CLS] and [SEP] around each window")

@@ -71,6 +71,8 @@ def _fuse_lora(module):
     if type(base) is not nn.Linear or len(names) != 1 or module.lora_variant or module.merged:
         return False
     name = names[0]
+    if name not in module.lora_bias:  # adalora's layers, which are no two products
+        return False
     trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     if trained or module.lora_bias[name] or not isinstance(module.lora_dropout[name], nn.Identity):
         return False

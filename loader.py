@@ -29,6 +29,7 @@ __all__ = ["Corpus", "Sentence", "Units", "Window", "batches", "collate", "compa
 STRONG, WEAK = set("。！？!?；;\n…"), set("，、,:：.”’』」）) \u3000")  # a window is best cut after these
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 FORBIDDEN = np.float32(-1e30)  # finite, so that sums of it with themselves and with scores stay comparable
+LENGTHS = 8  # batches have lengths of this step: matrix products are compiled, and cached, for each length anew
 POOL = 50  # batches whose windows are sorted by length together: little padding, and still a different mix each epoch
 
 
@@ -58,6 +59,7 @@ class Window:
     total: int  # units of the whole sentence
     ids: list[int]  # token ids, special tokens included
     first: list[int]  # where in ids the first token of each shown unit stands
+    limit: int = 0  # the most tokens a window may have
 
 
 class Units:
@@ -143,7 +145,7 @@ class Units:
                 shift = before - ends[start]
                 found.append(Window(index, start, end, own_start, own_end, len(chars),
                                     self.prefix + ids[ends[start]:ends[end]] + self.suffix,
-                                    [place + shift for place in first[start:end]]))
+                                    [place + shift for place in first[start:end]], self.max_length))
         return found
 
     def _cuts(self, chars: list[str], ends: list[int]) -> list[tuple[int, int, int, int]]:
@@ -200,11 +202,14 @@ def batches(windows: list[Window], batch_size: int, seed: int | None) -> list[li
 def collate(batch: list[Window], pad_id: int, gold: list[list[int]] | None) -> dict:
     """input_ids, attention_mask and, with `gold` (label indices of each sentence), labels: int64 tensors [B, L].
 
-    L is the longest window of the batch. labels is -100 but at the first token of each unit that the window owns.
+    L is the longest window of the batch, rounded up to LENGTHS where the model has room for that. labels is -100 but at
+    the first token of each unit that the window owns.
     """
     import torch
 
-    shape = len(batch), max(len(window.ids) for window in batch)
+    longest = max(len(window.ids) for window in batch)
+    rounded = -(-longest // LENGTHS) * LENGTHS
+    shape = len(batch), rounded if rounded <= batch[0].limit else longest
     ids = np.full(shape, pad_id, np.int64)
     mask = np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORED, np.int64)

@@ -109,8 +109,6 @@ def after_step(model, step: int, steps: int) -> None:
     kept = [weight.grad for weight in weights]
     for weight in weights:
         weight.grad = weight.last_grad
-        if torch.distributed.is_initialized():  # every process must cut off the same
-            torch.distributed.all_reduce(weight.grad)
     model.base_model.update_and_allocate(step)
     for weight, grad in zip(weights, kept, strict=True):
         weight.grad = grad

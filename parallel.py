@@ -59,7 +59,7 @@ def add_gradients(
     *gradients, total, asked = summed.split([part.numel() for part in parts])
     for weight, gradient in zip(weights, gradients):
         weight.grad = gradient.view_as(weight).to(weight.dtype)
-        if hasattr(weight, "last_grad"):  # which models.after_step reads, and must be the same in all processes
+        if hasattr(model.base_model, "rankallocator"):  # adalora must cut off the same ranks in all processes
             weight.last_grad = weight.grad
     return total.item() / units, asked.item() > 0
 
