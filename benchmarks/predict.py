@@ -41,8 +41,8 @@ def main():
     from transformers import pipeline
 
     import evaluate
+    import export
     import loader
-    import model
     import predict
     run = options.run or str(evaluate.newest_run())
     texts = ["".join(s.chars) for s in loader.read(options.data).sentences[:options.sentences]]
@@ -54,8 +54,9 @@ def main():
     result = {"characters_per_second": characters / mine}
 
     with tempfile.TemporaryDirectory() as folder:
-        model.merge(run, folder)
-        tagger = pipeline("token-classification", model=folder, aggregation_strategy="simple", device=-1
+        folder = Path(folder) / "merged"
+        export.merge(run, folder)
+        tagger = pipeline("token-classification", model=str(folder), aggregation_strategy="simple", device=-1
                           if not torch.cuda.is_available() else 0)
         tagger(texts[:20])
         rates = {}
