@@ -58,7 +58,7 @@ def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_t
     for key, field in config.FIELDS.items():
         assert field.description in lines[key]
         assert lines[key].endswith("]")
-    assert "[12000]" in lines["max_train_sentences"] and "[16]" in lines["lora.r"]
+    assert "[8000]" in lines["max_train_sentences"] and "[16]" in lines["lora.r"]
     assert {"config", "resume", "push_to_hub", "help"} <= set(lines)
 
 
