@@ -178,7 +178,16 @@ def test_marginals_equal_the_sum_over_all_paths(tmp_path):
     assert np.allclose(teacher.marginals([text])[0], expected, atol=1e-5)
 
 
-def test_rate_ends_at_zero():
-    assert build.rate_at(100, 100, 1.0) == 0
-    assert build.rate_at(30, 100, 1.0) == 1
-    assert build.rate_at(1, 100, 1.0) == pytest.approx(0.5)
+def test_rate_falls_in_each_cycle():
+    rates = [build.rate_at(done, [100, 200], 1.0) for done in range(301)]
+    assert rates[1] == pytest.approx(0.5) and rates[20] == 1 and rates[99] < 0.02
+    assert rates[102] == pytest.approx(0.5) and rates[120] == 1 and rates[299] < 0.01 and rates[300] == 0
+
+
+def test_batches_hold_every_piece_once_in_few_shapes():
+    lengths = [1 + i % 250 for i in range(3000)]
+    batches = build.plan(lengths, 1024, 0)
+    assert sorted(i for batch in batches for i in batch) == list(range(3000))
+    shapes = {(len(batch), -(-(max(lengths[i] for i in batch) + 2) // build.STEP)) for batch in batches}
+    assert len(shapes) <= 2 * 252 // build.STEP, "a full and a last batch for each length"
+    assert all(rows * width * build.STEP <= 1024 for rows, width in shapes)

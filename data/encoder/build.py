@@ -47,6 +47,9 @@ SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_PIECE = 254  # characters; with [CLS] and [SEP] a piece fills 256 positions
 TAGS = 49  # tags of the teacher
 TOP = 4  # teacher probabilities kept for a character: they hold over 99% of the mass
+MASKED = 0.15  # share of the teacher's words that are masked
+DECAY = 0.7  # share of a cycle in which the learning rate falls
+STEP = 8  # the lengths of training rows are multiples of this
 GRAM = 16  # a training piece may share no run of this many characters with a held-out file
 
 
@@ -366,54 +369,54 @@ class Student(torch.nn.Module):
 
     def forward(self, ids, mask, top, share, masked):
         """Returns (tag loss, masked-character loss): soft-label cross-entropy a character, and cross-entropy a
-        masked character. ids, mask [batch, length]; top, share [characters, TOP] of the true characters in
-        order; masked: (flat positions, original ids)."""
+        masked character. ids, mask [batch, length]; top, share [batch, length, TOP], share 0 where no character
+        is; masked: flat positions and original ids, -100 where a position only fills up."""
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        real = (mask.bool() & (ids != CLS) & (ids != SEP)).flatten().nonzero()[:, 0]
-        flat = states.flatten(0, 1)
-        logits = F.log_softmax(self.tags(flat[real]).float(), -1)
-        tag_loss = -(share * logits.gather(1, top)).sum(1).mean()
+        logits = F.log_softmax(self.tags(states).float(), -1)
+        tag_loss = -(share * logits.gather(-1, top)).sum() / (share.sum() + 1e-6)
         positions, original = masked
-        hidden = self.norm(F.gelu(self.dense(flat[positions])))
+        hidden = self.norm(F.gelu(self.dense(states.flatten(0, 1)[positions])))
         scores = F.linear(hidden, self.encoder.embeddings.word_embeddings.weight, self.bias)
-        return tag_loss, F.cross_entropy(scores.float(), original)
+        count = (original >= 0).sum().clamp(min=1)
+        return tag_loss, F.cross_entropy(scores.float(), original, reduction="sum") / count
 
 
 CLS, SEP, MASK = SPECIALS.index("[CLS]"), SPECIALS.index("[SEP]"), SPECIALS.index("[MASK]")
 
 
 def plan(lengths, batch_characters, seed):
-    """One epoch's batches: lists of piece numbers, of like length, in random order."""
+    """One epoch's batches: lists of piece numbers of like length, in random order.
+
+    Few shapes: all rows of a batch are as long as the longest, in steps of STEP, and there are as many as fill
+    `batch_characters`. On a CPU every new shape has its matrix products compiled anew."""
     rng = random.Random(seed)
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
+    groups = collections.defaultdict(list)
+    for i, length in enumerate(lengths):
+        groups[-(-(length + 2) // STEP) * STEP].append(i)
     batches = []
-    for at in range(0, len(order), 4096):
-        pool = sorted(order[at:at + 4096], key=lambda i: lengths[i])
-        batch = []
-        for i in pool:
-            if batch and (len(batch) + 1) * (lengths[i] + 2) > batch_characters:
-                batches.append(batch)
-                batch = []
-            batch.append(i)
-        batches.append(batch)
+    for length, group in sorted(groups.items()):
+        rng.shuffle(group)
+        rows = max(1, batch_characters // length)
+        batches.extend(group[at:at + rows] for at in range(0, len(group), rows))
     rng.shuffle(batches)
     return batches
 
 
 def make_batch(batch, seed, pieces, labels, starts, vocab, starters, device):
-    """Tensors of one batch, with a tenth of the teacher's words masked whole (8 of 10 as [MASK], 1 as random
+    """Tensors of one batch, with MASKED of the teacher's words masked whole (8 of 10 as [MASK], 1 as random
     characters, 1 left as they are)."""
     rng = np.random.default_rng(seed)
-    length = max(len(pieces[i]) for i in batch) + 2
+    length = -(-(max(len(pieces[i]) for i in batch) + 2) // STEP) * STEP
     ids = np.zeros((len(batch), length), np.int64)
-    tops, shares, positions, originals = [], [], [], []
+    top = np.zeros((len(batch), length, TOP), np.int64)
+    share = np.zeros((len(batch), length, TOP), np.float32)
+    positions, originals = [], []
     for row, i in enumerate(batch):
         text, tags = pieces[i], labels[starts[i]:starts[i + 1]]
         chars = np.array([vocab.get(c, 1) for c in text])
         best = tags[np.arange(len(text)), tags[:, :, 1].argmax(1), 0]
         word = np.cumsum(starters[best])
-        chosen = rng.random(word[-1] + 1)[word] < 0.1
+        chosen = rng.random(word[-1] + 1)[word] < MASKED
         kind = rng.random(word[-1] + 1)[word]
         at = chosen.nonzero()[0]
         positions.append(row * length + 1 + at)
@@ -422,23 +425,30 @@ def make_batch(batch, seed, pieces, labels, starts, vocab, starters, device):
         noise = rng.integers(len(SPECIALS), len(vocab), len(text))
         chars = np.where(chosen & (kind > 0.9), noise, chars)
         ids[row, 0], ids[row, 1:len(text) + 1], ids[row, len(text) + 1] = CLS, chars, SEP
-        tops.append(tags[:, :, 0])
-        shares.append(tags[:, :, 1])
-    share = np.concatenate(shares).astype(np.float32)
-    share /= share.sum(1, keepdims=True)
-    tensors = [ids, (ids > 0).astype(np.int64), np.concatenate(tops).astype(np.int64), share,
-               np.concatenate(positions), np.concatenate(originals)]
+        top[row, 1:len(text) + 1] = tags[:, :, 0]
+        share[row, 1:len(text) + 1] = tags[:, :, 1] / tags[:, :, 1].sum(1, keepdims=True, dtype=np.float32)
+    positions, originals = np.concatenate(positions), np.concatenate(originals)
+    spare = -len(positions) % 64 or 64 * (not len(positions))
+    positions = np.pad(positions, (0, spare))
+    originals = np.pad(originals, (0, spare), constant_values=-100)
+    tensors = [ids, (ids > 0).astype(np.int64), top, share, positions, originals]
     ids, mask, top, share, positions, originals = (torch.from_numpy(t).to(device) for t in tensors)
     return ids, mask, top, share, (positions, originals)
 
 
-def rate_at(done, total, peak):
-    """Learning rate after `done` of `total` characters: up over 2%, flat, down to zero over the last 40%."""
-    return peak * min(1, done / (0.02 * total), (total - done) / (0.4 * total))
+def rate_at(done, cycles, peak):
+    """Learning rate after `done` characters. In each cycle, of so many characters: up over 2%, flat, down to zero
+    over the last DECAY."""
+    for total in cycles:
+        if done < total:
+            return peak * min(1, done / (0.02 * total), (total - done) / (DECAY * total))
+        done -= total
+    return 0.0
 
 
-def train(work, init, pieces, labels, characters, peak, batch_characters, masked_weight, checkpoint_steps=300):
-    """Trains the student on `characters` characters and returns its encoder, in float32."""
+def train(work, init, pieces, labels, cycles, peak, batch_characters, masked_weight, checkpoint_steps=300):
+    """Trains the student on so many characters in each of `cycles` and returns its encoder, in float32."""
+    characters = sum(cycles)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vocab = json.loads((init / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
@@ -492,7 +502,7 @@ def train(work, init, pieces, labels, characters, peak, batch_characters, masked
         if done >= characters:
             break
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(done, characters, peak)
+            group["lr"] = rate_at(done, cycles, peak)
         inputs = make_batch([keep[i] for i in batch], step, pieces, labels, starts, vocab, starters, device)
         tag_loss, mask_loss = student(*inputs)
         (tag_loss + masked_weight * mask_loss).backward()
@@ -528,11 +538,13 @@ def main():
     parser.add_argument("--held-out", nargs="*", default=[], help="files (BIO or text) kept out of the training text")
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work", help="folder of the intermediate files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the finished encoder")
-    parser.add_argument("--characters", type=float, default=16e6, help="characters to train on (over one epoch: repeats)")
+    parser.add_argument("--characters", type=float, nargs="+", default=[9.2e6, 10e6], metavar="N",
+                        help="characters to train on (over one epoch: repeats); of several numbers, each is a cycle of "
+                             "the learning rate, so that a finished training can be gone on with")
     parser.add_argument("--pieces", type=int, help="take only this many pieces of text")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--batch-characters", type=int, default=3072)
-    parser.add_argument("--masked-weight", type=float, default=0.2, help="weight of the masked-character loss")
+    parser.add_argument("--masked-weight", type=float, default=0.3, help="weight of the masked-character loss")
     parser.add_argument("--checkpoint-steps", type=int, default=300, help="steps between checkpoints")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
