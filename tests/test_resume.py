@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -20,6 +21,15 @@ import main
 
 EPOCHS = 4
 OFTEN = {"epochs": EPOCHS, "checkpoint_minutes": 0.0001}  # a checkpoint after each step
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Sums over several threads round in another order; the processes of `runs` have one thread each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
