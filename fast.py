@@ -37,16 +37,19 @@ def attention(device):
 
 
 class LowRankProduct(torch.autograd.Function):
-    """x Wᵀ + b + s (x Aᵀ) Bᵀ (LoRA, Hu et al. 2021, eq. 3) for frozen W and b, adding in place.
+    """x (W + s B A)ᵀ + b (LoRA, Hu et al. 2021, eq. 3): merged, so that it costs about what x Wᵀ does.
 
-    x [..., in], W [out, in], b [out] or None, A [r, in], B [out, r] of one dtype; s a float."""
+    x [..., in], W [out, in], b [out] or None, A [r, in], B [out, r] of one dtype; s a float. Where A and B are None it
+    is a plain linear layer. W + s B A is rounded to the dtype, as a trained W would be; the gradients are not its."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
-        low = flat @ a.t()
-        y.addmm_(low, b.t(), alpha=scale)
+        flat, low = x.reshape(-1, x.shape[-1]), None
+        if a is not None:
+            weight, low = torch.addmm(weight, b, a, alpha=scale), flat @ a.t()
+        y = flat @ weight.t()
+        if bias is not None:
+            y.add_(bias)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scale = scale
         return y.view(*x.shape[:-1], -1)
@@ -54,37 +57,216 @@ class LowRankProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         flat, low, weight, a, b = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_a, for_b, _ = ctx.needs_input_grad
         dy = grad.reshape(-1, grad.shape[-1])
-        dlow = (dy @ b).mul_(ctx.scale)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx.addmm_(dlow, a)
-            dx = dx.view(*grad.shape[:-1], -1)
-        return dx, None, None, dlow.t() @ flat, (dy.t() @ low).mul_(ctx.scale), None
+        dx = (dy @ weight).view(*grad.shape[:-1], -1) if for_x else None
+        da = (dy @ b).mul_(ctx.scale).t() @ flat if for_a else None
+        db = (dy.t() @ low).mul_(ctx.scale) if for_b else None
+        return dx, dy.t() @ flat if for_weight else None, dy.sum(0) if for_bias else None, da, db, None
+
+
+def _adapter(module):
+    """(A, B, s) of a peft LoRA layer of the plain kind: one adapter, no dropout, no variant, on a frozen nn.Linear.
+
+    None for all others, and while the adapter is merged or disabled."""
+    base, names = module.base_layer, module.active_adapters
+    if type(base) is not nn.Linear or len(names) != 1 or module.lora_variant:
+        return None
+    name = names[0]
+    if module.merged or module.disable_adapters or name not in module.lora_bias:  # adalora's are no two products
+        return None
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    if trained or module.lora_bias[name] or not isinstance(module.lora_dropout[name], nn.Identity):
+        return None
+    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+
+
+def _is_lora(module):
+    return hasattr(module, "lora_variant") and hasattr(module, "base_layer")
 
 
 def _fuse_lora(module):
-    """Replaces the forward of one peft LoRA layer, where it is the plain kind: one adapter, no dropout,
-    no variant, frozen nn.Linear underneath. Returns whether it did."""
-    base, names = module.base_layer, module.active_adapters
-    if type(base) is not nn.Linear or len(names) != 1 or module.lora_variant or module.merged:
+    """Replaces the forward of one peft LoRA layer, where it is of the plain kind. Returns whether it did."""
+    if _adapter(module) is None:
         return False
-    name = names[0]
-    if name not in module.lora_bias:  # adalora's layers, which are no two products
-        return False
-    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    if trained or module.lora_bias[name] or not isinstance(module.lora_dropout[name], nn.Identity):
-        return False
-    plain, a, b, scale = module.forward, module.lora_A[name], module.lora_B[name], module.scaling[name]
+    plain, base = module.forward, module.base_layer
 
     def forward(x, *args, **kwargs):
-        if module.merged or module.disable_adapters or args or kwargs:
+        adapter = _adapter(module)
+        if adapter is None or args or kwargs:
             return plain(x, *args, **kwargs)
-        return LowRankProduct.apply(x, base.weight, base.bias, a.weight, b.weight, scale)
+        return LowRankProduct.apply(x, base.weight, base.bias, *adapter)
 
     module.forward = forward
     return True
+
+
+class Stack:
+    """The layers of BERT and its kin, on the tokens of a batch without its padding.
+
+    The tokens of all sentences stand in one matrix [rows, hidden], in which query, key and value are one product. Only
+    attention lays them out by sentence. Weights are read from the model at each call, so that whatever happens to them
+    counts; what is not known to be the same is left to transformers. Tagging keeps the padding: its batches have
+    little, and its logits are then those of the plain model everywhere."""
+
+    KINDS = {kind + "Encoder" for kind in ("Bert", "Camembert", "Electra", "Ernie", "Roberta", "XLMRoberta")}
+    ROUND = 32  # rows: products are compiled for each number of them anew, and about 40 numbers stay cached
+
+    def __init__(self, encoder):
+        self.encoder, self.plain = encoder, encoder.forward
+
+    @classmethod
+    def fits(cls, module):
+        """Whether a module is such an encoder."""
+        kind = type(module)
+        return kind.__name__ in cls.KINDS and kind.__module__.startswith("transformers.models.") and not any(
+            layer.is_decoder or layer.add_cross_attention or layer.chunk_size_feed_forward for layer in module.layer)
+
+    def __call__(self, hidden, attention_mask=None, position_ids=None, **others):
+        odd = any(value is not None and value is not False for value in others.values())
+        odd = odd or attention_mask is not None and attention_mask.ndim != 4
+        products = None if odd else self._products()
+        if products is None:
+            return self.plain(hidden, attention_mask, position_ids=position_ids, **others)
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        heads = self.encoder.layer[0].attention.self.num_attention_heads
+        rows = Rows(hidden, attention_mask, heads, self.ROUND, packed=self.encoder.training)
+        x = rows.pack(hidden)
+        for layer, (three, out, up, down) in zip(self.encoder.layer, products):
+            attention = layer.attention.self
+            seen = Attention.apply(LowRankProduct.apply(x, *three), rows, attention.scaling, attention.dropout)
+            x = self._add(x, LowRankProduct.apply(seen, *out), layer.attention.output)
+            inner = layer.intermediate.intermediate_act_fn(LowRankProduct.apply(x, *up))
+            x = self._add(x, LowRankProduct.apply(inner, *down), layer.output)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows.unpack(x))
+
+    def _products(self):
+        """For each layer the arguments of its four products; None where a layer is not of the plain kind."""
+        found = []
+        for layer in self.encoder.layer:
+            attention = layer.attention.self
+            if layer._forward_hooks or attention._forward_hooks or layer.gradient_checkpointing:  # others look on
+                return None
+            found.append([_joined(attention.query, attention.key, attention.value),
+                          _joined(layer.attention.output.dense),
+                          _joined(layer.intermediate.dense), _joined(layer.output.dense)])
+            if None in found[-1]:
+                return None
+        return found
+
+    @staticmethod
+    def _add(x, y, output):
+        norm, mask = output.LayerNorm, _drawn(output.dropout, y)
+        x = x + y if mask is None else torch.addcmul(x, y, mask)
+        return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _joined(*linears):
+    """(W, b, A, B, s) of linear layers that read the same input as one; None where one is not of the plain kind.
+
+    The rows of their W, b and A stand below one another; B has those of each on its diagonal."""
+    parts, scales = [], set()
+    for linear in linears:
+        a = b = None
+        if _is_lora(linear):
+            if (adapter := _adapter(linear)) is None:
+                return None
+            a, b, scale = adapter
+            scales.add(scale)
+            linear = linear.base_layer
+        elif type(linear) is not nn.Linear:
+            return None
+        parts.append((linear.weight, linear.bias, a, b))
+    if len(scales) > 1 or len({bias is None for _, bias, _, _ in parts}) > 1:
+        return None
+    scale = scales.pop() if scales else None
+    if len(parts) == 1:
+        return *parts[0], scale
+    weights, biases, down, up = zip(*parts)
+    weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+    if scale is None:
+        return weight, bias, None, None, None
+    up = [w.new_zeros(len(w), 0) if b is None else b for w, b in zip(weights, up)]
+    return weight, bias, torch.cat([a for a in down if a is not None]), torch.block_diag(*up), scale
+
+
+class Rows:
+    """Where the tokens of a padded batch [sentences, length] stand in a matrix without padding, and by heads.
+
+    The matrix has at least one row more than there are tokens. Nothing is read from the last rows but by padding, whose
+    gradient is zero; so theirs is, all the way down."""
+
+    def __init__(self, hidden, attention_mask, heads, step, packed):
+        self.shape, self.heads = hidden.shape[:2], heads
+        sentences, length = self.shape
+        real = torch.ones(self.shape, dtype=torch.bool)
+        if attention_mask is not None:  # of booleans, or a number added to the scores
+            seen = attention_mask[:, 0, 0]
+            real &= seen if seen.dtype == torch.bool else seen == 0
+        self.tokens = (real if packed else torch.ones_like(real)).flatten().nonzero().squeeze(1)
+        count = len(self.tokens)
+        rows = (count // step + 1) * step
+        self.source = torch.cat([self.tokens, self.tokens.new_zeros(rows - count)])
+        place = torch.full((sentences * length,), rows - 1)
+        place[self.tokens] = torch.arange(count)
+        head, part = torch.arange(heads), torch.arange(3).view(3, 1, 1, 1) * heads
+        row = place.view(sentences, 1, length)
+        self.by_head = (row * heads + head.view(-1, 1)).flatten()
+        self.three_by_head = (row * 3 * heads + head.view(-1, 1) + part).flatten()
+        sentence, position = self.source // length, self.source % length
+        by_row = (sentence.view(-1, 1) * heads + head) * length + position.view(-1, 1)
+        self.by_row = by_row.flatten()
+        self.three_by_row = (by_row.view(-1, 1, heads) + part.view(3, 1) * sentences * length).flatten()
+        self.mask = None
+        if not real.all():
+            mask = torch.zeros(self.shape, dtype=hidden.dtype).masked_fill_(~real, torch.finfo(hidden.dtype).min)
+            self.mask = mask.repeat_interleave(heads, 0).unsqueeze(1).expand(-1, length, -1)
+
+    def pack(self, hidden):
+        return hidden.flatten(0, 1).index_select(0, self.source)
+
+    def unpack(self, x):
+        flat = x.new_zeros(self.shape.numel(), x.shape[1])
+        return flat.index_copy(0, self.tokens, x[:len(self.tokens)]).view(*self.shape, -1)
+
+
+class Attention(torch.autograd.Function):
+    """Scaled dot-product attention of query, key and value side by side [rows, 3 x hidden], into [rows, hidden]."""
+
+    @staticmethod
+    def forward(ctx, three, rows, scale, dropout):
+        width, length = three.shape[1] // (3 * rows.heads), rows.shape[1]
+        parts = three.view(-1, width).index_select(0, rows.three_by_head).view(3, -1, length, width)
+        query, key, value = parts
+        if rows.mask is None:
+            scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
+        else:
+            scores = torch.baddbmm(rows.mask, query, key.transpose(1, 2), alpha=scale)
+        exact = torch.promote_types(three.dtype, torch.float32)  # and twice as fast as softmax in bfloat16
+        share = torch.softmax(scores, -1, dtype=exact).to(three.dtype)
+        mask = _drawn(dropout, share)
+        ctx.save_for_backward(parts, share, mask)
+        ctx.rows, ctx.scale = rows, scale
+        out = torch.bmm(share if mask is None else share * mask, value)
+        return out.view(-1, width).index_select(0, rows.by_row).view(len(three), -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (query, key, value), share, mask = ctx.saved_tensors
+        rows, width = ctx.rows, query.shape[-1]
+        dout = grad.reshape(-1, width).index_select(0, rows.by_head).view(query.shape)
+        dshare = torch.bmm(dout, value.transpose(1, 2))
+        if mask is not None:
+            dshare.mul_(mask)
+        dscores = torch._softmax_backward_data(dshare, share, -1, share.dtype).mul_(ctx.scale)
+        dparts = torch.empty(3, *query.shape, dtype=query.dtype)
+        torch.bmm(dscores, key, out=dparts[0])
+        torch.bmm(dscores.transpose(1, 2), query, out=dparts[1])
+        torch.bmm((share if mask is None else share.mul(mask)).transpose(1, 2), dout, out=dparts[2])
+        dthree = dparts.view(-1, width).index_select(0, rows.three_by_row).view(len(grad), -1)
+        dthree[len(rows.tokens):] = 0
+        return dthree, None, None, None
 
 
 class Dropout(nn.Module):
@@ -100,13 +282,23 @@ class Dropout(nn.Module):
         keep = torch.rand(self.SIZE, generator=generator) >= p
         self.register_buffer("mask", keep.float() / (1 - p), persistent=False)
 
+    def draw(self, x):
+        """A mask for x, of its shape; a view where x is not too large for that."""
+        count, most = x.numel(), self.SIZE // 2
+        parts = [min(most, count - begin) for begin in range(0, count, most)]
+        starts = torch.randint(self.SIZE - most, (len(parts),)).tolist()
+        drawn = [self.mask[start:start + part] for start, part in zip(starts, parts)]
+        return (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).view(x.shape)
+
     def forward(self, x):
-        if not self.training:
-            return x
-        if x.numel() > self.SIZE // 2:
-            return nn.functional.dropout(x, self.p)
-        start = int(torch.randint(self.SIZE - x.numel(), ()))
-        return x * self.mask[start:start + x.numel()].view(x.shape)
+        return x * self.draw(x) if self.training else x
+
+
+def _drawn(dropout, x):
+    """The mask with which a dropout multiplies x; None where it does nothing."""
+    if not dropout.training or dropout.p == 0:
+        return None
+    return dropout.draw(x) if isinstance(dropout, Dropout) else dropout(torch.ones_like(x))
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -143,14 +335,18 @@ def prepare(model, dtype, device):
     fused = 0
     masks = {}
     for module in list(model.modules()):
-        if hasattr(module, "lora_variant") and hasattr(module, "base_layer"):
+        if _is_lora(module):
             fused += _fuse_lora(module)
         if torch.device(device).type == "cpu":
             for name, child in module.named_children():
                 if type(child) is nn.Dropout and child.p > 0:
                     if child.p not in masks:
-                        masks[child.p] = Dropout(child.p).to(dtype)
+                        masks[child.p] = Dropout(child.p).to(dtype).train(child.training)
                     setattr(module, name, masks[child.p])
+    if torch.device(device).type == "cpu":
+        for module in list(model.modules()):
+            if Stack.fits(module):
+                module.forward = Stack(module)
     if masks:
         _draw_attention_dropout_beforehand(model)
     return fused
@@ -181,7 +377,8 @@ class Optimizer:
         """Clips the gradients to `max_norm`, takes one step and clears them. Returns the norm before (a float)."""
         for name, weight in self.weights.items():
             if weight is not self.masters[name]:
-                self.masters[name].grad = None if weight.grad is None else weight.grad.float().div_(self.scale)
+                gradient = None if weight.grad is None else weight.grad.float()
+                self.masters[name].grad = gradient if gradient is None or self.scale == 1 else gradient.div_(self.scale)
                 weight.grad = None
         trained = list(self.masters.values())
         norm = float(nn.utils.clip_grad_norm_(trained, max_norm, foreach=True))
