@@ -5,6 +5,8 @@ None for all else, and for a folder that is damaged in any way, so that model.lo
 tests/test_bert.py holds its logits to those of transformers.
 """
 
+import contextlib
+import ctypes
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,54 +17,147 @@ from torch import nn
 from torch.nn import functional as F
 
 FULL, MERGED = ("full", "bitfit", "freeze"), ("lora", "rslora")  # tunings whose weights are one plain BERT's
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
-def _block(hidden, inner, eps):
-    """The weights of one layer, under transformers' names."""
+def _weights(settings: dict, labels: int) -> nn.Module:
+    """The weights of a BertForTokenClassification without a pooler, under transformers' names."""
+    hidden, inner, eps = settings["hidden_size"], settings["intermediate_size"], settings["layer_norm_eps"]
+
     def normed(width):
         return nn.ModuleDict({"dense": nn.Linear(width, hidden), "LayerNorm": nn.LayerNorm(hidden, eps)})
-    return nn.ModuleDict({
-        "attention": nn.ModuleDict({
-            "self": nn.ModuleDict({name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")}),
-            "output": normed(hidden)}),
-        "intermediate": nn.ModuleDict({"dense": nn.Linear(hidden, inner)}),
-        "output": normed(inner)})
+
+    def layer():
+        return nn.ModuleDict({
+            "attention": nn.ModuleDict({
+                "self": nn.ModuleDict({name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")}),
+                "output": normed(hidden)}),
+            "intermediate": nn.ModuleDict({"dense": nn.Linear(hidden, inner)}),
+            "output": normed(inner)})
+
+    def table(size):
+        """An embedding that draws no weights: drawing them here makes torch import its compiler, over a second."""
+        return nn.Embedding(settings[size], hidden, _weight=torch.empty(settings[size], hidden))
+
+    tables = {"word_embeddings": table("vocab_size"), "position_embeddings": table("max_position_embeddings"),
+              "token_type_embeddings": table("type_vocab_size")}
+    made = nn.ModuleDict({
+        "bert": nn.ModuleDict({
+            "embeddings": nn.ModuleDict(tables | {"LayerNorm": nn.LayerNorm(hidden, eps)}),
+            "encoder": nn.ModuleDict({"layer": nn.ModuleList(
+                layer() for _ in range(settings["num_hidden_layers"]))})}),
+        "classifier": nn.Linear(hidden, labels)})  # fmt: skip
+    made.base_model_prefix = "bert"
+    return made
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+    """An nn.Linear of these tensors."""
+    made = nn.Linear(*weight.shape[::-1], device="meta")
+    made.weight, made.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    return made
+
+
+class Layer(nn.Module):
+    """One layer of BERT. Query, key and value are one product, in which the scaling of the scores is contained."""
+
+    def __init__(self, weights: nn.ModuleDict, heads: int):
+        super().__init__()
+        parts, output = [weights["attention"]["self"][name] for name in ("query", "key", "value")], weights["output"]
+        scales = (parts[0].out_features / heads) ** -0.5, 1.0, 1.0
+        self.heads = heads
+        self.qkv = _linear(*(torch.cat([getattr(part, name) * scale for part, scale in zip(parts, scales)])
+                             for name in ("weight", "bias")))  # fmt: skip
+        self.out, self.out_norm = weights["attention"]["output"]["dense"], weights["attention"]["output"]["LayerNorm"]
+        self.up, self.down, self.norm = weights["intermediate"]["dense"], output["dense"], output["LayerNorm"]
+
+    def forward(self, x, shape, mask):
+        """x [batch · length, hidden]; shape: (batch, length); mask, added to scores: [batch, 1, 1, length] or None."""
+        x = self.out_norm(self.out(self.attend(self.qkv(x), shape, mask).to(x.dtype)).add_(x))
+        return self.norm(self.down(F.gelu(self.up(x))).add_(x))
+
+    def attend(self, qkv, shape, mask):
+        """[batch · length, 3 · hidden] -> [batch · length, hidden]."""
+        qkv = qkv.view(*shape, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if qkv.dtype != torch.bfloat16 or qkv.device.type != "cpu":
+            query, key, value = qkv
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        else:  # on a CPU that takes twice as long as products with a softmax in float32 between them
+            query, key, value = qkv.flatten(1, 2)
+            scores = torch.bmm(query, key.transpose(1, 2)).float().unflatten(0, (-1, self.heads))
+            share = (scores if mask is None else scores.add_(mask)).softmax(-1).bfloat16()
+            found = torch.bmm(share.flatten(0, 1), value).unflatten(0, (-1, self.heads))
+        return found.transpose(1, 2).reshape(shape.numel(), -1)
+
+
+class Int8(nn.Module):
+    """A linear layer in 8 bits, with a scale for each output of the weight and one for each row of the input.
+
+    One scale for a whole input would cost up to a point of F1 (a few tokens have values twenty times those of the
+    others) and make the tags of a sentence depend on its batch. After a GELU,
+    below whose -0.17 nothing lies, most of the range is left to what is positive.
+    """
+
+    ROUND = 1.5 * 2**23  # added to a float32 it leaves no fraction, and the low byte counts in ones
+
+    def __init__(self, linear: nn.Linear, after_gelu: bool = False, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        packed = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
+        self.weight = packed, scale, torch.zeros(len(weight), dtype=torch.int32)
+        self.bias, self.after_gelu, self.dtype = linear.bias.detach().float(), after_gelu, dtype
+
+    def forward(self, x):
+        """float32 [rows, in] -> dtype [rows, out]."""
+        high = x.amax(1, keepdim=True)
+        if self.after_gelu:
+            zero, step = 16, high.div_(255 - 16).clamp_(min=0.17 / 16)
+        else:
+            zero, step = 128, torch.maximum(high, -x.amin(1, keepdim=True)).div_(127).clamp_(min=1e-12)
+        levels = (x * step.reciprocal()).add_(self.ROUND + zero).view(torch.int32).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, zero, *self.weight, None, 1.0, 0, torch.float32,
+                                               "none", [], "")
+        return y.mul_(step).add_(self.bias).to(self.dtype)
 
 
 class Bert(nn.Module):
-    """BertForTokenClassification's weights, names and logits; inference only."""
+    """BertForTokenClassification's logits; inference only."""
 
-    base_model_prefix = "bert"
-
-    def __init__(self, settings: dict, labels: int):
+    def __init__(self, weights: nn.ModuleDict, heads: int):
         super().__init__()
-        hidden, eps = settings["hidden_size"], settings["layer_norm_eps"]
-        self.heads = settings["num_attention_heads"]
-        self.bert = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({
-                "word_embeddings": nn.Embedding(settings["vocab_size"], hidden),
-                "position_embeddings": nn.Embedding(settings["max_position_embeddings"], hidden),
-                "token_type_embeddings": nn.Embedding(settings["type_vocab_size"], hidden),
-                "LayerNorm": nn.LayerNorm(hidden, eps)}),
-            "encoder": nn.ModuleDict({"layer": nn.ModuleList(
-                _block(hidden, settings["intermediate_size"], eps) for _ in range(settings["num_hidden_layers"]))})})
-        self.classifier = nn.Linear(hidden, labels)
+        self.embeddings, self.classifier = weights["bert"]["embeddings"], weights["classifier"]
+        self.layers = nn.ModuleList(Layer(layer, heads) for layer in weights["bert"]["encoder"]["layer"])
 
     def forward(self, input_ids, attention_mask):
         """input_ids, attention_mask int64 [batch, length] -> .logits [batch, length, labels]."""
-        table = self.bert["embeddings"]
+        table = self.embeddings
         x = table["word_embeddings"](input_ids) + table["token_type_embeddings"].weight[0]
         x = table["LayerNorm"](x + table["position_embeddings"].weight[:input_ids.shape[1]])
-        mask = None if attention_mask.all() else attention_mask.bool()[:, None, None, :]
-        for layer in self.bert["encoder"]["layer"]:
-            parts, output = layer["attention"]["self"], layer["attention"]["output"]
-            query, key, value = (parts[name](x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                                 for name in ("query", "key", "value"))
-            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
-            x = output["LayerNorm"](output["dense"](found) + x)
-            inner = F.gelu(layer["intermediate"]["dense"](x))
-            x = layer["output"]["LayerNorm"](layer["output"]["dense"](inner) + x)
-        return SimpleNamespace(logits=self.classifier(x))
+        mask = None
+        if not attention_mask.all():
+            mask = torch.where(attention_mask.bool(), 0.0, -1e4)[:, None, None, :].to(x.dtype)
+        x = x.flatten(0, 1)
+        for layer in self.layers:
+            x = layer(x, input_ids.shape, mask)
+        return SimpleNamespace(logits=self.classifier(x).unflatten(0, input_ids.shape))
+
+    def to_int8(self):
+        """Has the layers multiply in 8 bits where int8_is_native(); what else is float32 stays so."""
+        dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # of attention
+        for layer in self.layers:
+            layer.qkv, layer.out, layer.up = Int8(layer.qkv, dtype=dtype), Int8(layer.out), Int8(layer.up)
+            layer.down = Int8(layer.down, after_gelu=True)
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            # Else large blocks go back to the system when freed, and clearing new ones takes a third of the time.
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 25)
+            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 28)
+        return self
+
+
+def int8_is_native() -> bool:
+    """Whether this CPU multiplies bytes natively (VNNI) and this PyTorch has the operators."""
+    return torch.cpu._is_vnni_supported() and hasattr(torch.ops.onednn, "qlinear_prepack")
 
 
 class Tokenizer:
@@ -106,7 +201,7 @@ def load(folder: Path):
         if list(settings["id2label"].values()) != meta["labels"]:
             return None
         with torch.device("meta"):
-            model = Bert(settings, len(meta["labels"]))
+            model = _weights(settings, len(meta["labels"]))
         tensors = load_file(source / "model.safetensors")
         tensors = {name if name.startswith(("bert.", "classifier.")) else f"bert.{name}": tensor.float()
                    for name, tensor in tensors.items() if "pooler." not in name}
@@ -120,6 +215,6 @@ def load(folder: Path):
             if any(adapter.get(key) for key in models.UNUSUAL):
                 return None
             model = models.merge_lora(model, load_file(folder / "adapter_model.safetensors"), adapter, folder)
-        return model.eval(), Tokenizer(folder), meta
+        return Bert(model, settings["num_attention_heads"]).eval(), Tokenizer(folder), meta
     except Exception:  # whatever a damaged folder raises: model.load finds the words for it
         return None

@@ -1,14 +1,49 @@
 """Sentences in, tags out: windows through the model and back, in batches that suit tagging."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import bert
 import fast
 import loader
 
+TOKENS = 1024  # of a batch on a CPU
 SENTENCES_AT_ONCE = 64  # batches' worth of sentences whose scores are held in memory together
+
+
+def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
+    """(model, tokenizer, meta) of a run or model folder, on `device` and ready to tag. Raises UserError.
+
+    precision: as config.yaml calls it, or "int8": 8-bit products where the CPU and bert.py have them, else "auto".
+    """
+    found = bert.load(run)
+    if found and precision == "int8" and torch.device(device).type == "cpu" and bert.int8_is_native():
+        found[0].to_int8()
+        return found
+    if found is None:
+        import model as models
+
+        found = models.load(run, device, attention=fast.attention(device))
+    fast.prepare(found[0], fast.choose("auto" if precision == "int8" else precision, device)[0], device)
+    return found
+
+
+@contextlib.contextmanager
+def workers(device):
+    """A map that, on a CPU, gives whole batches to as many threads as torch has: less waiting than in each product."""
+    threads = torch.get_num_threads()
+    if torch.device(device).type != "cpu" or threads == 1:
+        yield map
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Tagger:
@@ -21,12 +56,8 @@ class Tagger:
 
     @classmethod
     def of(cls, run: Path, device="cpu", precision: str = "auto", batch_size: int = 32) -> "Tagger":
-        """The tagger of a run folder, on `device`, in the precision that config.yaml calls it. Raises UserError."""
-        import model as models
-
-        model, tokenizer, meta = models.load(Path(run) / "model", device, attention=fast.attention(device))
-        fast.prepare(model, fast.choose(precision, device)[0], device)
-        return cls(model, tokenizer, meta, batch_size)
+        """The tagger of a run folder; see load."""
+        return cls(*load(run, device, precision), batch_size)
 
     @torch.no_grad()
     def log_probs(self, sentences: list[list[str]]) -> list[np.ndarray]:
@@ -35,15 +66,32 @@ class Tagger:
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch in loader.batches(self.units.windows(sentences), self.batch_size, seed=None):
-                inputs = loader.collate(batch, self.pad_id, None)
-                logits = self.model(input_ids=inputs["input_ids"].to(device),
-                                    attention_mask=inputs["attention_mask"].to(device)).logits  # fmt: skip
-                loader.stitch(batch, torch.log_softmax(logits.float(), dim=-1).cpu().numpy(), out)
+            batches = self._batches(self.units.windows(sentences), device)
+            with workers(device) as each:
+                for batch, scores in each(lambda batch: (batch, self._scores(batch, device)), batches):
+                    loader.stitch(batch, scores, out)
         finally:
             self.model.train(was_training)
         empty = np.zeros((0, len(self.labels)), np.float32)
         return [out.get(index, empty) for index in range(len(sentences))]
+
+    @torch.no_grad()
+    def _scores(self, batch: list[loader.Window], device: torch.device) -> np.ndarray:
+        """Log-probabilities, float32 [B, L, labels], of a batch."""
+        inputs = loader.collate(batch, self.pad_id, None)
+        logits = self.model(input_ids=inputs["input_ids"].to(device),
+                            attention_mask=inputs["attention_mask"].to(device)).logits  # fmt: skip
+        return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
+
+    def _batches(self, windows: list[loader.Window], device: torch.device):
+        """Windows of like length together, longest first; on a CPU no more than its cache holds the activations of."""
+        ordered, done = sorted(windows, key=lambda window: -len(window.ids)), 0
+        while done < len(ordered):
+            length = -(-len(ordered[done].ids) // loader.LENGTHS) * loader.LENGTHS
+            fitting = max(1, TOKENS // length) if device.type == "cpu" else self.batch_size
+            batch = ordered[done : done + min(self.batch_size, fitting)]
+            done += len(batch)
+            yield batch
 
     def decoded(self, log_probs: list[np.ndarray]) -> list[tuple[list[str], np.ndarray]]:
         """Tags and the probability of each, float32 [n], by the run's way of decoding."""

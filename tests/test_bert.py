@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,6 +12,7 @@ import bert
 import config
 import model
 import predict
+import tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TEXTS = ["1998年3月，江泽民在北京会见了比尔·盖茨。", "上海", "\u3000 \u200b😀e\u0301[SEP]"]
@@ -59,11 +61,11 @@ def test_logits_and_token_ids_are_those_of_transformers(saved, tuning):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_predict_finds_the_same_entities_either_way(saved, tuning, monkeypatch):
-    quick = predict.load(saved[tuning])
+    quick = predict.load(saved[tuning], precision="auto")
     assert isinstance(quick.tagger.model, bert.Bert)
     found = quick.predict(TEXTS)
     monkeypatch.setattr(bert, "load", lambda folder: None)
-    plain = predict.load(saved[tuning]).predict(TEXTS)
+    plain = predict.load(saved[tuning], precision="auto").predict(TEXTS)
     assert [[(e.text, e.type, e.start, e.end) for e in row] for row in found] == [
         [(e.text, e.type, e.start, e.end) for e in row] for row in plain]
 
@@ -90,9 +92,77 @@ def test_a_cut_file_is_left_to_model(saved, tmp_path):
     assert bert.load(tmp_path / "model") is None
 
 
-def test_transformers_is_not_imported(saved):
+def test_neither_transformers_nor_a_compiler_is_imported(saved):
     import subprocess
     import sys
     code = ("import sys, predict; predict.load(sys.argv[1]).predict(['北京']); "
-            "sys.exit(any(name in sys.modules for name in ('transformers', 'peft')))")
+            "sys.exit(any(name in sys.modules for name in ('transformers', 'peft', 'torch._dynamo')))")
     assert subprocess.run([sys.executable, "-c", code, str(saved["lora"])], cwd=config.ROOT).returncode == 0
+
+
+# Eight bits.
+
+native = pytest.mark.skipif(not bert.int8_is_native(), reason="this CPU does not multiply bytes natively")
+
+
+@native
+@pytest.mark.parametrize("after_gelu", [False, True])
+def test_an_int8_layer_is_within_its_rounding_of_the_plain_one(after_gelu):
+    """Rows of all sizes at once: none is rounded by the range of another."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(96, 40)
+    x = torch.randn(50, 96) * torch.logspace(-3, 3, 50)[:, None]
+    x = torch.cat([torch.nn.functional.gelu(x) if after_gelu else x, torch.zeros(1, 96)])
+    with torch.inference_mode():
+        error = (bert.Int8(plain, after_gelu)(x) - plain(x)).abs().amax(1)
+        step = (x.amax(1) / 239).clamp(min=0.17 / 16) if after_gelu else x.abs().amax(1) / 127
+        bound = plain.weight.abs().sum(1).max() * step / 2 + x.abs().sum(1) * plain.weight.abs().max() / 254
+    assert (error <= bound * 1.001 + 1e-5).all()
+    assert error[-1] < 1e-6
+
+
+@native
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_int8_gives_nearly_the_same_probabilities(saved, tuning):
+    """On a random model, which is sure of nothing, so most tags hang on little."""
+    texts = [list(TEXTS[0] * n) for n in (1, 2, 9)] + [list(text) for text in TEXTS] + [[]]
+    exact = tagger.Tagger.of(saved[tuning], precision="fp32")
+    quick = tagger.Tagger.of(saved[tuning], precision="int8")
+    assert isinstance(quick.model.layers[0].qkv, bert.Int8) and not isinstance(exact.model.layers[0].qkv, bert.Int8)
+    same = total = 0
+    for text, a, b in zip(texts, exact.log_probs(texts), quick.log_probs(texts), strict=True):
+        assert a.shape == b.shape == (len(text), len(LABELS))
+        if text:
+            assert np.abs(np.exp(a) - np.exp(b)).mean() < 0.02
+            same, total = same + (a.argmax(1) == b.argmax(1)).sum(), total + len(text)
+    assert same / total > 0.9
+
+
+@native
+def test_int8_tags_do_not_depend_on_the_batch(saved):
+    quick = tagger.Tagger.of(saved["lora"], precision="int8")
+    texts = [list(text) for text in TEXTS] + [list(TEXTS[0] * n) for n in (2, 3, 20)]
+    for alone, together in zip(texts, quick.log_probs(texts), strict=True):
+        assert np.allclose(quick.log_probs([alone])[0], together, atol=0.02)
+
+
+@pytest.mark.parametrize("why", ["the CPU cannot", "another tuning", "not asked for"])
+def test_where_there_is_no_int8(saved, monkeypatch, why):
+    if why == "the CPU cannot":
+        monkeypatch.setattr(bert, "int8_is_native", lambda: False)
+    tuning, precision = "dora" if why == "another tuning" else "lora", "auto" if why == "not asked for" else "int8"
+    made = tagger.Tagger.of(saved[tuning], precision=precision)
+    assert not any(isinstance(module, bert.Int8) for module in made.model.modules())
+    tags, scores = made.tag([list(TEXTS[0])])[0]
+    assert len(tags) == len(scores) == len(TEXTS[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_batches_on_a_cpu_are_small_and_whole(saved, precision):
+    made = tagger.Tagger.of(saved["full"], precision=precision)
+    windows = made.units.windows([["北"] * n for n in range(120)])
+    found = list(made._batches(windows, torch.device("cpu")))
+    assert sorted(id(w) for batch in found for w in batch) == sorted(map(id, windows))
+    assert max(len(batch) for batch in found) <= made.batch_size
+    assert max(len(batch) * len(batch[0].ids) for batch in found) <= tagger.TOKENS
+    assert [len(batch) for batch in made._batches(windows, torch.device("cuda"))][:-1] == [32] * (len(windows) // 32)

@@ -187,6 +187,12 @@ def test_one_text(run, capsys):
     assert all(re.fullmatch(r"[01]\.\d{4}", line[4]) for line in lines)
 
 
+@pytest.mark.parametrize("precision", ["int8", "auto", "fp32", "bf16"])
+def test_every_precision_finds_the_same(run, precision, capsys):
+    lines = call("--run", run, "--precision", precision, TEXT, capsys=capsys).splitlines()
+    assert [tuple(line.split("\t")[:2]) for line in lines] == [found[:2] for found in FOUND]
+
+
 def test_several_texts(run, capsys):
     blocks = call("--run", run, TEXT, "她没有回答。", TEXT, capsys=capsys).split("\n\n")
     assert [block.splitlines()[0] for block in blocks if block] == [TEXT, "她没有回答。", TEXT]
