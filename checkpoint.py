@@ -163,7 +163,7 @@ def load(run: Path):
         if values["micro_batch"] < 1 or values["step"] < 0:
             raise ValueError("its step or batch is below what can be")
         return tensors, Progress(**values)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint of this program, or damaged ({error}); start a new run") from None
 
 
