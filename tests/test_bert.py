@@ -166,3 +166,18 @@ def test_batches_on_a_cpu_are_small_and_whole(saved, precision):
     assert max(len(batch) for batch in found) <= made.batch_size
     assert max(len(batch) * len(batch[0].ids) for batch in found) <= tagger.TOKENS
     assert [len(batch) for batch in made._batches(windows, torch.device("cuda"))][:-1] == [32] * (len(windows) // 32)
+
+
+@pytest.mark.parametrize("tuning", ["full", "dora"])
+def test_batches_on_several_threads_give_what_one_gives(saved, tuning):
+    before = torch.get_num_threads()
+    texts, found = [list(TEXTS[0] * (1 + n % 3)) for n in range(90)], []
+    made = tagger.Tagger.of(saved[tuning], precision="fp32")
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(made.log_probs(texts))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(one, several) for one, several in zip(*found, strict=True))
