@@ -1,4 +1,4 @@
-"""A saved BERT tagger without transformers, for predict.py: importing that takes longer than tagging a page.
+"""A saved BERT tagger without transformers, for tagger.load: importing that takes longer than tagging a page.
 
 Only what the default encoder and its kin need: BERT, one token a character, trained in full or by LoRA. `load` answers
 None for all else, and for a folder that is damaged in any way, so that model.load reads it, or says what is wrong with it.
@@ -94,8 +94,8 @@ class Int8(nn.Module):
     """A linear layer in 8 bits, with a scale for each output of the weight and one for each row of the input.
 
     One scale for a whole input would cost up to a point of F1 (a few tokens have values twenty times those of the
-    others) and make the tags of a sentence depend on its batch. After a GELU,
-    below whose -0.17 nothing lies, most of the range is left to what is positive.
+    others) and make the tags of a sentence depend on its batch. After a GELU, below whose -0.17 nothing lies, most of
+    the range is left to what is positive.
     """
 
     ROUND = 1.5 * 2**23  # added to a float32 it leaves no fraction, and the low byte counts in ones

@@ -181,14 +181,19 @@ def _after_mark(chars: list[str], low: int, high: int) -> int | None:
     return weak
 
 
-def batches(windows: list[Window], batch_size: int, seed: int | None) -> list[list[Window]]:
-    """Windows of like length together, in an order drawn from `seed`; None: strictly by length, longest first."""
+def batches(windows: list[Window], batch_size: int, seed: int | None, tokens: int | None = None) -> list[list[Window]]:
+    """Windows of like length together, in an order drawn from `seed`; None: strictly by length, longest first, and then
+    with `tokens` no batch of several windows has more of them, padding counted."""
     def length(window):
         return -len(window.ids)
 
     if seed is None:
-        ordered = sorted(windows, key=length)
-        return [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
+        ordered, made, done = sorted(windows, key=length), [], 0
+        while done < len(ordered):
+            fitting = max(1, tokens // _rounded(len(ordered[done].ids))) if tokens else batch_size
+            made.append(ordered[done:done + min(batch_size, fitting)])
+            done += len(made[-1])
+        return made
     draw = Random(seed)
     shuffled = draw.sample(windows, len(windows))
     made = []
@@ -197,6 +202,10 @@ def batches(windows: list[Window], batch_size: int, seed: int | None) -> list[li
         made += [ordered[i:i + batch_size] for i in range(0, len(ordered), batch_size)]
     draw.shuffle(made)
     return made
+
+
+def _rounded(length: int) -> int:
+    return -(-length // LENGTHS) * LENGTHS
 
 
 def collate(batch: list[Window], pad_id: int, gold: list[list[int]] | None) -> dict:
@@ -208,7 +217,7 @@ def collate(batch: list[Window], pad_id: int, gold: list[list[int]] | None) -> d
     import torch
 
     longest = max(len(window.ids) for window in batch)
-    rounded = -(-longest // LENGTHS) * LENGTHS
+    rounded = _rounded(longest)
     shape = len(batch), rounded if rounded <= batch[0].limit else longest
     ids = np.full(shape, pad_id, np.int64)
     mask = np.zeros(shape, np.int64)

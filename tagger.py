@@ -85,13 +85,7 @@ class Tagger:
 
     def _batches(self, windows: list[loader.Window], device: torch.device):
         """Windows of like length together, longest first; on a CPU no more than its cache holds the activations of."""
-        ordered, done = sorted(windows, key=lambda window: -len(window.ids)), 0
-        while done < len(ordered):
-            length = -(-len(ordered[done].ids) // loader.LENGTHS) * loader.LENGTHS
-            fitting = max(1, TOKENS // length) if device.type == "cpu" else self.batch_size
-            batch = ordered[done : done + min(self.batch_size, fitting)]
-            done += len(batch)
-            yield batch
+        return loader.batches(windows, self.batch_size, None, TOKENS if device.type == "cpu" else None)
 
     def decoded(self, log_probs: list[np.ndarray]) -> list[tuple[list[str], np.ndarray]]:
         """Tags and the probability of each, float32 [n], by the run's way of decoding."""
