@@ -97,6 +97,8 @@ def save(run: Path, model, optimizer, progress: Progress) -> None:
     tensors = _ranks(model)
     for name, weight in optimizer.masters.items():
         tensors[f"weight/{name}"] = weight.detach().contiguous()
+        if optimizer.scored is not optimizer.masters:
+            tensors[f"average/{name}"] = optimizer.scored[name].contiguous()
         for kind, value in optimizer.adamw.state.get(weight, {}).items():
             tensors[f"{kind}/{name}"] = value.contiguous()
     path = run / FILE
@@ -172,17 +174,20 @@ def restore(model, optimizer, tensors: dict, scale: float, path: Path) -> None:
     import torch
 
     moments = ("exp_avg", "exp_avg_sq")
+    always = ("weight",) if optimizer.scored is optimizer.masters else ("weight", "average")
     with torch.no_grad():
         for name, weight in optimizer.masters.items():
-            found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in ("weight", "step", *moments)}
+            found = {kind: tensors.pop(f"{kind}/{name}", None) for kind in (*always, "step", *moments)}
             shapes = {kind: tensor.shape for kind, tensor in found.items() if tensor is not None}
-            whole = dict.fromkeys(("weight", *moments), weight.shape) | {"step": torch.Size()}
-            if shapes not in (whole, {"weight": weight.shape}):
+            fresh = dict.fromkeys(always, weight.shape)
+            if shapes not in (fresh, fresh | dict.fromkeys(moments, weight.shape) | {"step": torch.Size()}):
                 raise UserError(
                     f"{path}: {name} does not fit the model; was the encoder changed since? start a new run"
                 )
             weight.copy_(found.pop("weight"))
-            if len(shapes) > 1:
+            if len(always) > 1:
+                optimizer.scored[name].copy_(found.pop("average"))
+            if len(shapes) > len(always):
                 optimizer.adamw.state[weight] = {kind: tensor.to(weight.device) for kind, tensor in found.items()}
     _restore_ranks(model, tensors)
     if tensors:
@@ -195,8 +200,8 @@ class Keeper:
     """Writes what a run must not lose: checkpoint, metrics.jsonl, and model/ after a best epoch.
 
     One failed write is survived: the best weights stay in memory and go out with the next checkpoint. A second failure
-    in a row ends the run. `save_model(folder)` writes the model as it stands, whole or not at all. Only the process
-    that `writes` does any of it.
+    in a row ends the run. `save_model(folder)` writes the model with the weights it has, whole or not at all. Only the
+    process that `writes` does any of it.
     """
 
     def __init__(self, run: Path, model, optimizer, minutes: float, writes: bool, save_model):
@@ -229,7 +234,7 @@ class Keeper:
         return self.writes and time.monotonic() - self.last >= self.pause
 
     def keep(self, progress: Progress, is_best: bool = False) -> None:
-        """Writes all; `is_best`: the model as it stands is the best so far. Raises UserError at a second failure."""
+        """Writes all; `is_best`: the scored weights of now are the best so far. Raises UserError at a second failure."""
         if not self.writes:
             return
         import safetensors
@@ -238,10 +243,10 @@ class Keeper:
             if not self.run.is_dir():
                 raise FileNotFoundError(2, "the folder is gone", str(self.run))
             if self.best and not is_best:
-                self._write_best()
+                self._write_model(self.best)
             save(self.run, self.model, self.optimizer, progress)  # first, so that the rest is written again on resume
             if is_best:
-                self.save_model(self.run / "model")
+                self._write_model(self.optimizer.scored)
             self.best, is_best = None, False
             write(
                 self.run / "metrics.jsonl",
@@ -256,7 +261,7 @@ class Keeper:
             log.warning("%s; the run goes on and tries again at the next checkpoint", reason)
             self.failed = True
             if is_best:
-                self.best = self._weights()
+                self.best = {name: weight.detach().clone() for name, weight in self.optimizer.scored.items()}
         self.last = time.monotonic()
 
     def finish(self, progress: Progress) -> None:
@@ -264,22 +269,9 @@ class Keeper:
         if self.failed:
             self.keep(progress)
 
-    def _write_best(self) -> None:
-        """Writes model/ from the best weights, and puts the present ones back."""
-        now = self._weights()
-        try:
-            self._put(self.best)
+    def _write_model(self, weights: dict) -> None:
+        with self.optimizer.using(weights):
             self.save_model(self.run / "model")
-        finally:
-            self._put(now)
-
-    def _weights(self) -> dict:
-        return {name: weight.detach().clone() for name, weight in self.optimizer.masters.items()}
-
-    def _put(self, weights: dict) -> None:
-        for name, weight in self.optimizer.masters.items():
-            weight.detach().copy_(weights[name])
-        self.optimizer.write_back()
 
 
 class Stop:

@@ -67,6 +67,7 @@ class Config(_Strict):
     weight_decay: float = _key(0.01, "AdamW's, on matrices only", ge=0)
     warmup_ratio: float = _key(0.1, "share of the steps in which the learning rate rises", ge=0, le=1)
     max_grad_norm: float = _key(1.0, "gradients longer than this are shortened to it", gt=0)
+    averaging: bool = _key(True, "score and save a running mean of the weights, steadier than the last ones")
     dropout: float | None = _key(0.1, "dropout of encoder and classifier; null keeps the encoder's own", ge=0, lt=1)
     decode: Literal["argmax", "viterbi"] = _key("viterbi", "viterbi allows well-formed IOB2 only; argmax allows all")
     virtual_tokens: int = _key(10, "for prompt, prefix and ptuning", ge=1)

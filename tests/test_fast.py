@@ -339,6 +339,35 @@ def test_float16_leaves_out_a_step_that_overflows():
     assert not torch.equal(model.weight, before)
 
 
+def test_the_average_is_a_mean_of_late_weights_and_leaves_training_alone():
+    runs = {}
+    for averaging in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2).to(torch.bfloat16)
+        optimizer, history = fast.Optimizer(model, 0.01, 0.0, averaging), []
+        for step in range(1, 201):
+            x = torch.full((1, 4), step % 7 / 7, dtype=torch.bfloat16)
+            optimizer.backward(model(x).square().sum())
+            optimizer.step(0.01, 1.0)
+            optimizer.average(step)
+            history.append(optimizer.masters["weight"].detach().clone())
+        runs[averaging] = model, optimizer, history
+    (model, averaged, history), (_, plain, same) = runs[True], runs[False]
+    assert all(map(torch.equal, history, same))
+    assert plain.scored is plain.masters
+    mean, steps = torch.zeros(2, 4), 0  # eta 8: of the weights after each step, or after every second, third, ...
+    for step, weight in enumerate(history, 1):
+        every = min(8, 1 + step // 64)
+        if step % every == 0:
+            mean, steps = torch.lerp(mean, weight, min(1.0, 9 * every / (step + 8))), steps + 1
+    assert 64 < steps < 200 and torch.allclose(averaged.scored["weight"], mean, atol=1e-6)
+    mean = averaged.scored["weight"]
+    own = {name: weight.detach().clone() for name, weight in averaged.weights.items()}
+    with averaged.using(averaged.scored):
+        assert torch.equal(model.weight, mean.to(torch.bfloat16)) and not torch.equal(model.weight, own["weight"])
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in own.items())
+
+
 def test_what_is_chosen_has_a_reason():
     assert fast.choose("fp32", "cpu") == (torch.float32, "as configured")
     assert fast.choose("bf16", "cpu")[0] is torch.bfloat16

@@ -171,6 +171,17 @@ def test_the_best_epoch_is_chosen_on_dev_and_saved(tmp_path, monkeypatch):
     assert "开始测试第2轮模型在测试集上的效果" in log(tmp_path / "run")
 
 
+def test_averaged_weights_are_scored_and_saved_and_training_is_the_same(tmp_path):
+    saved = {}
+    for averaging in (True, False):
+        main.main(runs.argv(tmp_path, run=str(averaging), epochs=2, averaging=averaging))
+        saved[averaging] = load_file(tmp_path / str(averaging) / "model" / "model.safetensors")
+    mine, theirs = (metrics(tmp_path / str(averaging)) for averaging in (True, False))
+    assert [line["train_loss"] for line in mine] == [line["train_loss"] for line in theirs]
+    assert [line["dev_loss"] for line in mine] != [line["dev_loss"] for line in theirs]
+    assert any(not weight.equal(saved[False][name]) for name, weight in saved[True].items())
+
+
 def test_without_dev_a_share_of_train_is_held_out_by_the_seed(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         main.main(runs.argv(tmp_path, run=name, dev=None, epochs=1, seed=seed))

@@ -9,7 +9,8 @@ Five steps, each of which leaves its result in DIR and is skipped when that is t
            drop what the held-out files contain
 3. init    multilingual-e5-small -> a BERT of 6 layers over single characters, and its tokenizer
 4. label   the teacher's marginal tag probabilities for every character, and its word boundaries
-5. train   soft-label tagging and whole-word masked language modelling in one pass
+5. train   soft-label tagging and whole-word masked language modelling in one pass; in the last cycle of
+           the learning rate also the tags of --gold, a labelled file
 
 The last step writes config.json, model.safetensors and the tokenizer to --output.
 Trade-off: the student is small (6 x 384) so that a laptop can fine-tune it; what it knows of
@@ -90,6 +91,24 @@ def read_lines(path):
             sentences.append("".join(chars))
             chars = []
     return sentences
+
+
+def read_gold(path):
+    """({sentence: its tags, as numbers}, [tag]) of a BIO file of single characters; O is number 0."""
+    found, chars, tags = {}, [], []
+    with open(path, encoding="utf-8") as file:
+        for line in [*file, ""]:
+            fields = line.split()
+            if fields:
+                chars.append(fields[0])
+                tags.append(fields[-1])
+            else:
+                if chars and all(len(c) == 1 for c in chars):
+                    found["".join(chars)] = tags
+                chars, tags = [], []
+    names = sorted({tag for tags in found.values() for tag in tags}, key=lambda tag: (tag != "O", tag))
+    number = {tag: i for i, tag in enumerate(names)}
+    return {text: [number[tag] for tag in tags] for text, tags in found.items()}, names
 
 
 def cut(line):
@@ -356,21 +375,23 @@ def initialise(work, wheels, texts):
 
 
 class Student(torch.nn.Module):
-    """The encoder with the two heads it is trained by: the teacher's tags, and the masked characters."""
+    """The encoder with the heads it is trained by: the teacher's tags, the masked characters, `gold` other tags."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, gold):
         super().__init__()
         self.encoder = encoder
         hidden, words = encoder.config.hidden_size, encoder.embeddings.word_embeddings
         self.tags = torch.nn.Linear(hidden, TAGS)
+        self.gold = torch.nn.Linear(hidden, gold)
         self.dense = torch.nn.Linear(hidden, hidden)
         self.norm = torch.nn.LayerNorm(hidden)
         self.bias = torch.nn.Parameter(torch.zeros(words.num_embeddings))
 
-    def forward(self, ids, mask, top, share, masked):
-        """Returns (tag loss, masked-character loss): soft-label cross-entropy a character, and cross-entropy a
-        masked character. ids, mask [batch, length]; top, share [batch, length, TOP], share 0 where no character
-        is; masked: flat positions and original ids, -100 where a position only fills up."""
+    def forward(self, ids, mask, top, share, masked, gold):
+        """Returns (tag loss, masked-character loss, gold loss): soft-label cross-entropy a character, and cross-entropy
+        a masked character and one with a gold tag. ids, mask, gold [batch, length], gold -100 where no tag is known;
+        top, share [batch, length, TOP], share 0 where no character is; masked: flat positions and original ids, -100
+        where a position only fills up."""
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         logits = F.log_softmax(self.tags(states).float(), -1)
         tag_loss = -(share * logits.gather(-1, top)).sum() / (share.sum() + 1e-6)
@@ -378,7 +399,9 @@ class Student(torch.nn.Module):
         hidden = self.norm(F.gelu(self.dense(states.flatten(0, 1)[positions])))
         scores = F.linear(hidden, self.encoder.embeddings.word_embeddings.weight, self.bias)
         count = (original >= 0).sum().clamp(min=1)
-        return tag_loss, F.cross_entropy(scores.float(), original, reduction="sum") / count
+        mask_loss = F.cross_entropy(scores.float(), original, reduction="sum") / count
+        gold_scores, count = self.gold(states).float().flatten(0, 1), (gold >= 0).sum().clamp(min=1)
+        return tag_loss, mask_loss, F.cross_entropy(gold_scores, gold.flatten(), reduction="sum") / count
 
 
 CLS, SEP, MASK = SPECIALS.index("[CLS]"), SPECIALS.index("[SEP]"), SPECIALS.index("[MASK]")
@@ -402,14 +425,15 @@ def plan(lengths, batch_characters, seed):
     return batches
 
 
-def make_batch(batch, seed, pieces, labels, starts, vocab, starters, device):
+def make_batch(batch, seed, pieces, labels, starts, gold, vocab, starters, device):
     """Tensors of one batch, with MASKED of the teacher's words masked whole (8 of 10 as [MASK], 1 as random
-    characters, 1 left as they are)."""
+    characters, 1 left as they are). `gold` holds the tags of those pieces that have any."""
     rng = np.random.default_rng(seed)
     length = -(-(max(len(pieces[i]) for i in batch) + 2) // STEP) * STEP
     ids = np.zeros((len(batch), length), np.int64)
     top = np.zeros((len(batch), length, TOP), np.int64)
     share = np.zeros((len(batch), length, TOP), np.float32)
+    known = np.full((len(batch), length), -100, np.int64)
     positions, originals = [], []
     for row, i in enumerate(batch):
         text, tags = pieces[i], labels[starts[i]:starts[i + 1]]
@@ -427,13 +451,15 @@ def make_batch(batch, seed, pieces, labels, starts, vocab, starters, device):
         ids[row, 0], ids[row, 1:len(text) + 1], ids[row, len(text) + 1] = CLS, chars, SEP
         top[row, 1:len(text) + 1] = tags[:, :, 0]
         share[row, 1:len(text) + 1] = tags[:, :, 1] / tags[:, :, 1].sum(1, keepdims=True, dtype=np.float32)
+        if text in gold:
+            known[row, 1:len(text) + 1] = gold[text]
     positions, originals = np.concatenate(positions), np.concatenate(originals)
     spare = -len(positions) % 64 or 64 * (not len(positions))
     positions = np.pad(positions, (0, spare))
     originals = np.pad(originals, (0, spare), constant_values=-100)
-    tensors = [ids, (ids > 0).astype(np.int64), top, share, positions, originals]
-    ids, mask, top, share, positions, originals = (torch.from_numpy(t).to(device) for t in tensors)
-    return ids, mask, top, share, (positions, originals)
+    tensors = [ids, (ids > 0).astype(np.int64), top, share, positions, originals, known]
+    ids, mask, top, share, positions, originals, known = (torch.from_numpy(t).to(device) for t in tensors)
+    return ids, mask, top, share, (positions, originals), known
 
 
 def rate_at(done, cycles, peak):
@@ -446,8 +472,10 @@ def rate_at(done, cycles, peak):
     return 0.0
 
 
-def train(work, init, pieces, labels, cycles, peak, batch_characters, masked_weight, checkpoint_steps=300):
-    """Trains the student on so many characters in each of `cycles` and returns its encoder, in float32."""
+def train(work, init, pieces, labels, gold, cycles, peak, batch_characters, masked_weight, checkpoint_steps=300):
+    """Trains the student on so many characters in each of `cycles` and returns its encoder, in float32.
+
+    `gold` is what read_gold returns. In the last cycle every second batch is of its sentences, and their tags count."""
     characters = sum(cycles)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -462,11 +490,14 @@ def train(work, init, pieces, labels, cycles, peak, batch_characters, masked_wei
     keep = [i for i in range(len(pieces))
             if (entity[labels[starts[i]:starts[i + 1], :, 0]] * (labels[starts[i]:starts[i + 1], :, 1] > 127)).any()
             or rng.random() < 1 / 3]
-    lengths = [len(pieces[i]) for i in keep]
-    print(f"train: {len(keep)} pieces, {sum(lengths)} characters an epoch, on {device}", flush=True)
+    gold_tags, gold_names = gold
+    streams = {"silver": keep, "gold": [i for i in range(len(pieces)) if pieces[i] in gold_tags]}
+    for name, stream in streams.items():
+        print(f"train: {name}: {len(stream)} pieces, {sum(len(pieces[i]) for i in stream)} characters an epoch, "
+              f"on {device}", flush=True)
 
     student = Student(BertModel.from_pretrained(init, add_pooling_layer=False, attn_implementation="eager"
-                                                if device == "cpu" else "sdpa"))
+                                                if device == "cpu" else "sdpa"), len(gold_names))
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -476,11 +507,11 @@ def train(work, init, pieces, labels, cycles, peak, batch_characters, masked_wei
     student = student.to(torch.bfloat16)
     weights = list(student.parameters())
     optimizer = torch.optim.AdamW(masters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    step = done = 0
+    step = done = from_gold = 0
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
-        step, done = state["step"], state["done"]
+        step, done, from_gold = state["step"], state["done"], state["from_gold"]
         for master, saved in zip(masters, state["masters"]):
             master.data.copy_(saved)
         with torch.no_grad():
@@ -488,24 +519,26 @@ def train(work, init, pieces, labels, cycles, peak, batch_characters, masked_wei
         optimizer.load_state_dict(state["optimizer"])
         print(f"train: goes on at step {step}", flush=True)
 
-    def batches():
-        epoch = at = 0
+    def batches(stream, skip):
+        epoch = 0
         while True:
-            for batch in plan(lengths, batch_characters, epoch):
-                if at >= step:
-                    yield batch
-                at += 1
+            for batch in plan([len(pieces[i]) for i in stream], batch_characters, epoch):
+                if skip <= 0:
+                    yield [stream[i] for i in batch]
+                skip -= 1
             epoch += 1
 
-    began, first, sums, shown = time.time(), done, np.zeros(2), step
-    for batch in batches():
-        if done >= characters:
-            break
+    silver, labelled = batches(streams["silver"], step - from_gold), batches(streams["gold"], from_gold)
+    began, first, sums, shown = time.time(), done, np.zeros(3), step
+    while done < characters:
+        last = bool(streams["gold"]) and done >= sum(cycles[:-1])
+        batch = next(labelled if last and step % 2 else silver)
+        from_gold += last and step % 2
         for group in optimizer.param_groups:
             group["lr"] = rate_at(done, cycles, peak)
-        inputs = make_batch([keep[i] for i in batch], step, pieces, labels, starts, vocab, starters, device)
-        tag_loss, mask_loss = student(*inputs)
-        (tag_loss + masked_weight * mask_loss).backward()
+        inputs = make_batch(batch, step, pieces, labels, starts, gold_tags if last else {}, vocab, starters, device)
+        tag_loss, mask_loss, gold_loss = student(*inputs)
+        (tag_loss + masked_weight * mask_loss + gold_loss).backward()
         with torch.no_grad():
             for master, weight in zip(masters, weights):
                 master.grad = weight.grad.float()
@@ -514,16 +547,16 @@ def train(work, init, pieces, labels, cycles, peak, batch_characters, masked_wei
             optimizer.step()
             torch._foreach_copy_(weights, masters)
         step += 1
-        done += sum(lengths[i] for i in batch)
-        sums += tag_loss.item(), mask_loss.item()
+        done += sum(len(pieces[i]) for i in batch)
+        sums += tag_loss.item(), mask_loss.item(), gold_loss.item()
         if step % 50 == 0:
             speed = (done - first) / (time.time() - began)
-            tag, mask = sums / (step - shown)
+            tag, mask, known = sums / (step - shown)
             print(f"train: step {step}, {done}/{characters} characters, tags {tag:.4f}, masked {mask:.4f}, "
-                  f"{speed:.0f}/s, {(characters - done) / speed / 60:.0f} min left", flush=True)
-            sums, shown = np.zeros(2), step
+                  f"gold {known:.4f}, {speed:.0f}/s, {(characters - done) / speed / 60:.0f} min left", flush=True)
+            sums, shown = np.zeros(3), step
         if step % checkpoint_steps == 0:
-            state = {"step": step, "done": done, "masters": [m.data for m in masters],
+            state = {"step": step, "done": done, "from_gold": from_gold, "masters": [m.data for m in masters],
                      "optimizer": optimizer.state_dict()}
             torch.save(state, work / "checkpoint.tmp")
             os.replace(work / "checkpoint.tmp", checkpoint)
@@ -536,6 +569,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", help="text files, .xz or plain, one sentence or paragraph a line, or BIO")
     parser.add_argument("--held-out", nargs="*", default=[], help="files (BIO or text) kept out of the training text")
+    parser.add_argument("--gold", type=Path, help="a BIO file among the texts; the last cycle learns its tags too")
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work", help="folder of the intermediate files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the finished encoder")
     parser.add_argument("--characters", type=float, nargs="+", default=[9.2e6, 10e6], metavar="N",
@@ -552,7 +586,8 @@ def main():
     pieces = collect(options.work, options.texts, options.held_out, options.pieces)
     init = initialise(options.work, wheels, pieces)
     labels = label(options.work, wheels, pieces)
-    encoder = train(options.work, init, pieces, labels, options.characters, options.learning_rate,
+    gold = read_gold(options.gold) if options.gold else ({}, ["O"])
+    encoder = train(options.work, init, pieces, labels, gold, options.characters, options.learning_rate,
                     options.batch_characters, options.masked_weight, options.checkpoint_steps)
     encoder.half().save_pretrained(options.output)
     for name in ("tokenizer.json", "tokenizer_config.json"):
