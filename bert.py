@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+import fast
+
 FULL, MERGED = ("full", "bitfit", "freeze"), ("lora", "rslora")  # tunings whose weights are one plain BERT's
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -65,29 +67,15 @@ class Layer(nn.Module):
         super().__init__()
         parts, output = [weights["attention"]["self"][name] for name in ("query", "key", "value")], weights["output"]
         scales = (parts[0].out_features / heads) ** -0.5, 1.0, 1.0
-        self.heads = heads
         self.qkv = _linear(*(torch.cat([getattr(part, name) * scale for part, scale in zip(parts, scales)])
                              for name in ("weight", "bias")))  # fmt: skip
         self.out, self.out_norm = weights["attention"]["output"]["dense"], weights["attention"]["output"]["LayerNorm"]
         self.up, self.down, self.norm = weights["intermediate"]["dense"], output["dense"], output["LayerNorm"]
 
-    def forward(self, x, shape, mask):
-        """x [batch · length, hidden]; shape: (batch, length); mask, added to scores: [batch, 1, 1, length] or None."""
-        x = self.out_norm(self.out(self.attend(self.qkv(x), shape, mask).to(x.dtype)).add_(x))
+    def forward(self, x, rows):
+        """x [rows, hidden], the tokens of a batch as fast.Rows has them."""
+        x = self.out_norm(self.out(fast.attend(self.qkv(x), rows, 1.0)[0].to(x.dtype)).add_(x))
         return self.norm(self.down(F.gelu(self.up(x))).add_(x))
-
-    def attend(self, qkv, shape, mask):
-        """[batch · length, 3 · hidden] -> [batch · length, hidden]."""
-        qkv = qkv.view(*shape, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if qkv.dtype != torch.bfloat16 or qkv.device.type != "cpu":
-            query, key, value = qkv
-            found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
-        else:  # on a CPU that takes twice as long as products with a softmax in float32 between them
-            query, key, value = qkv.flatten(1, 2)
-            scores = torch.bmm(query, key.transpose(1, 2)).float().unflatten(0, (-1, self.heads))
-            share = (scores if mask is None else scores.add_(mask)).softmax(-1).bfloat16()
-            found = torch.bmm(share.flatten(0, 1), value).unflatten(0, (-1, self.heads))
-        return found.transpose(1, 2).reshape(shape.numel(), -1)
 
 
 class Int8(nn.Module):
@@ -122,25 +110,24 @@ class Int8(nn.Module):
 
 
 class Bert(nn.Module):
-    """BertForTokenClassification's logits; inference only."""
+    """BertForTokenClassification's logits, without padding's; inference on a CPU only."""
+
+    ROUND = 16  # rows
 
     def __init__(self, weights: nn.ModuleDict, heads: int):
         super().__init__()
+        self.heads = heads
         self.embeddings, self.classifier = weights["bert"]["embeddings"], weights["classifier"]
         self.layers = nn.ModuleList(Layer(layer, heads) for layer in weights["bert"]["encoder"]["layer"])
 
     def forward(self, input_ids, attention_mask):
-        """input_ids, attention_mask int64 [batch, length] -> .logits [batch, length, labels]."""
-        table = self.embeddings
-        x = table["word_embeddings"](input_ids) + table["token_type_embeddings"].weight[0]
-        x = table["LayerNorm"](x + table["position_embeddings"].weight[:input_ids.shape[1]])
-        mask = None
-        if not attention_mask.all():
-            mask = torch.where(attention_mask.bool(), 0.0, -1e4)[:, None, None, :].to(x.dtype)
-        x = x.flatten(0, 1)
+        """input_ids, attention_mask int64 [batch, length] -> .logits [batch, length, labels], 0 where padding is."""
+        table, rows = self.embeddings, fast.Rows(attention_mask.bool(), self.heads, self.ROUND)
+        x = table["word_embeddings"](rows.pack(input_ids)) + table["token_type_embeddings"].weight[0]
+        x = table["LayerNorm"](x + table["position_embeddings"](rows.position))
         for layer in self.layers:
-            x = layer(x, input_ids.shape, mask)
-        return SimpleNamespace(logits=self.classifier(x).unflatten(0, input_ids.shape))
+            x = layer(x, rows)
+        return SimpleNamespace(logits=rows.unpack(self.classifier(x)))
 
     def to_int8(self):
         """Has the layers multiply in 8 bits where int8_is_native(); what else is float32 stays so."""

@@ -133,7 +133,11 @@ class Stack:
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         heads = self.encoder.layer[0].attention.self.num_attention_heads
-        rows = Rows(hidden, attention_mask, heads, self.ROUND, packed=self.encoder.training)
+        real = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        if attention_mask is not None:  # of booleans, or a number added to the scores
+            seen = attention_mask[:, 0, 0]
+            real &= seen if seen.dtype == torch.bool else seen == 0
+        rows = Rows(real, heads, self.ROUND, packed=self.encoder.training)
         x = rows.pack(hidden)
         for layer, (three, out, up, down) in zip(self.encoder.layer, products):
             attention = layer.attention.self
@@ -194,18 +198,14 @@ def _joined(*linears):
 
 
 class Rows:
-    """Where the tokens of a padded batch [sentences, length] stand in a matrix without padding, and by heads.
+    """Where the tokens of a padded batch, `real` bool [sentences, length], stand in a matrix without padding, and by heads.
 
-    The matrix has at least one row more than there are tokens. Nothing is read from the last rows but by padding, whose
+    Where it is not `packed` the padding stands in it too. The matrix has a multiple of `step` rows, at least one row more than there are tokens. Nothing is read from the last rows but by padding, whose
     gradient is zero; so theirs is, all the way down."""
 
-    def __init__(self, hidden, attention_mask, heads, step, packed):
-        self.shape, self.heads = hidden.shape[:2], heads
+    def __init__(self, real, heads, step, packed=True):
+        self.shape, self.heads = real.shape, heads
         sentences, length = self.shape
-        real = torch.ones(self.shape, dtype=torch.bool)
-        if attention_mask is not None:  # of booleans, or a number added to the scores
-            seen = attention_mask[:, 0, 0]
-            real &= seen if seen.dtype == torch.bool else seen == 0
         self.tokens = (real if packed else torch.ones_like(real)).flatten().nonzero().squeeze(1)
         count = len(self.tokens)
         rows = (count // step + 1) * step
@@ -216,14 +216,14 @@ class Rows:
         row = place.view(sentences, 1, length)
         self.by_head = (row * heads + head.view(-1, 1)).flatten()
         self.three_by_head = (row * 3 * heads + head.view(-1, 1) + part).flatten()
-        sentence, position = self.source // length, self.source % length
-        by_row = (sentence.view(-1, 1) * heads + head) * length + position.view(-1, 1)
+        sentence, self.position = self.source // length, self.source % length
+        by_row = (sentence.view(-1, 1) * heads + head) * length + self.position.view(-1, 1)
         self.by_row = by_row.flatten()
         self.three_by_row = (by_row.view(-1, 1, heads) + part.view(3, 1) * sentences * length).flatten()
         self.mask = None
         if not real.all():
-            mask = torch.zeros(self.shape, dtype=hidden.dtype).masked_fill_(~real, torch.finfo(hidden.dtype).min)
-            self.mask = mask.repeat_interleave(heads, 0).unsqueeze(1).expand(-1, length, -1)
+            mask = torch.zeros(self.shape).masked_fill_(~real, torch.finfo(torch.float16).min)  # in any type
+            self.mask = mask.repeat_interleave(heads, 0).unsqueeze(1)
 
     def pack(self, hidden):
         return hidden.flatten(0, 1).index_select(0, self.source)
@@ -233,25 +233,36 @@ class Rows:
         return flat.index_copy(0, self.tokens, x[:len(self.tokens)]).view(*self.shape, -1)
 
 
+def attend(three, rows, scale, dropout=None):
+    """Scaled dot-product attention of query, key and value side by side [rows, 3 x hidden], into [rows, hidden].
+
+    Also returns what its gradient takes: the three by heads [3, sentences x heads, length, width], the shares of each
+    token [sentences x heads, length, length], and the mask that `dropout` drew for them."""
+    width, length = three.shape[1] // (3 * rows.heads), rows.shape[1]
+    parts = three.view(-1, width).index_select(0, rows.three_by_head).view(3, -1, length, width)
+    query, key, value = parts
+    if rows.mask is not None:
+        mask = rows.mask.to(three.dtype).expand(-1, length, -1)
+        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
+    else:
+        scores = torch.bmm(query, key.transpose(1, 2))
+        scores = scores if scale == 1 else scores.mul_(scale)
+    exact = torch.promote_types(three.dtype, torch.float32)  # and twice as fast as softmax in bfloat16
+    share = torch.softmax(scores, -1, dtype=exact).to(three.dtype)
+    mask = None if dropout is None else _drawn(dropout, share)
+    out = torch.bmm(share if mask is None else share * mask, value)
+    return out.view(-1, width).index_select(0, rows.by_row).view(len(three), -1), parts, share, mask
+
+
 class Attention(torch.autograd.Function):
-    """Scaled dot-product attention of query, key and value side by side [rows, 3 x hidden], into [rows, hidden]."""
+    """The output of attend."""
 
     @staticmethod
     def forward(ctx, three, rows, scale, dropout):
-        width, length = three.shape[1] // (3 * rows.heads), rows.shape[1]
-        parts = three.view(-1, width).index_select(0, rows.three_by_head).view(3, -1, length, width)
-        query, key, value = parts
-        if rows.mask is None:
-            scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale)
-        else:
-            scores = torch.baddbmm(rows.mask, query, key.transpose(1, 2), alpha=scale)
-        exact = torch.promote_types(three.dtype, torch.float32)  # and twice as fast as softmax in bfloat16
-        share = torch.softmax(scores, -1, dtype=exact).to(three.dtype)
-        mask = _drawn(dropout, share)
-        ctx.save_for_backward(parts, share, mask)
+        out, *saved = attend(three, rows, scale, dropout)
+        ctx.save_for_backward(*saved)
         ctx.rows, ctx.scale = rows, scale
-        out = torch.bmm(share if mask is None else share * mask, value)
-        return out.view(-1, width).index_select(0, rows.by_row).view(len(three), -1)
+        return out
 
     @staticmethod
     def backward(ctx, grad):

@@ -20,8 +20,8 @@ def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
 
     precision: as config.yaml calls it, or "int8": 8-bit products where the CPU and bert.py have them, else "auto".
     """
-    found = bert.load(run)
-    if found and precision == "int8" and torch.device(device).type == "cpu" and bert.int8_is_native():
+    found = bert.load(run) if torch.device(device).type == "cpu" else None
+    if found and precision == "int8" and bert.int8_is_native():
         found[0].to_int8()
         return found
     if found is None:
