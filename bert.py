@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 
 import fast
 
@@ -70,12 +69,13 @@ class Layer(nn.Module):
         self.qkv = _linear(*(torch.cat([getattr(part, name) * scale for part, scale in zip(parts, scales)])
                              for name in ("weight", "bias")))  # fmt: skip
         self.out, self.out_norm = weights["attention"]["output"]["dense"], weights["attention"]["output"]["LayerNorm"]
-        self.up, self.down, self.norm = weights["intermediate"]["dense"], output["dense"], output["LayerNorm"]
+        self.up = nn.Sequential(weights["intermediate"]["dense"], nn.GELU())
+        self.down, self.norm = output["dense"], output["LayerNorm"]
 
     def forward(self, x, rows):
         """x [rows, hidden], the tokens of a batch as fast.Rows has them."""
         x = self.out_norm(self.out(fast.attend(self.qkv(x), rows, 1.0)[0].to(x.dtype)).add_(x))
-        return self.norm(self.down(F.gelu(self.up(x))).add_(x))
+        return self.norm(self.down(self.up(x)).add_(x))
 
 
 class Int8(nn.Module):
@@ -109,6 +109,19 @@ class Int8(nn.Module):
         return y.mul_(step).add_(self.bias).to(self.dtype)
 
 
+class Bfloat16(nn.Module):
+    """A linear layer whose weight lies in memory as this CPU's bfloat16 products take it, with a GELU in the same pass."""
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().bfloat16(), None)
+        self.bias, self.after = linear.bias.detach().bfloat16(), ("gelu", [], "none") if gelu else ("none", [], "")
+
+    def forward(self, x):
+        """bfloat16 [rows, in] -> bfloat16 [rows, out]."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.after)
+
+
 class Bert(nn.Module):
     """BertForTokenClassification's logits, without padding's; inference on a CPU only."""
 
@@ -133,13 +146,26 @@ class Bert(nn.Module):
         """Has the layers multiply in 8 bits where int8_is_native(); what else is float32 stays so."""
         dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # of attention
         for layer in self.layers:
-            layer.qkv, layer.out, layer.up = Int8(layer.qkv, dtype=dtype), Int8(layer.out), Int8(layer.up)
+            layer.qkv, layer.out, layer.up[0] = Int8(layer.qkv, dtype=dtype), Int8(layer.out), Int8(layer.up[0])
             layer.down = Int8(layer.down, after_gelu=True)
         with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
             # Else large blocks go back to the system when freed, and clearing new ones takes a third of the time.
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 25)
             ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 28)
         return self
+
+
+    def to_bfloat16(self):
+        """Has all of it compute in bfloat16 where bfloat16_is_native()."""
+        for layer in self.layers:
+            layer.qkv, layer.out, layer.down = Bfloat16(layer.qkv), Bfloat16(layer.out), Bfloat16(layer.down)
+            layer.up = Bfloat16(layer.up[0], gelu=True)
+        return self.to(torch.bfloat16)
+
+
+def bfloat16_is_native() -> bool:
+    """Whether this CPU multiplies bfloat16 natively and this PyTorch has the operators."""
+    return fast.choose("auto", "cpu")[0] == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def int8_is_native() -> bool:

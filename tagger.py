@@ -20,15 +20,18 @@ def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
 
     precision: as config.yaml calls it, or "int8": 8-bit products where the CPU and bert.py have them, else "auto".
     """
+    dtype = fast.choose("auto" if precision == "int8" else precision, device)[0]
     found = bert.load(run) if torch.device(device).type == "cpu" else None
     if found and precision == "int8" and bert.int8_is_native():
         found[0].to_int8()
-        return found
-    if found is None:
-        import model as models
+    elif found and dtype == torch.bfloat16 and bert.bfloat16_is_native():
+        found[0].to_bfloat16()
+    else:
+        if found is None:
+            import model as models
 
-        found = models.load(run, device, attention=fast.attention(device))
-    fast.prepare(found[0], fast.choose("auto" if precision == "int8" else precision, device)[0], device)
+            found = models.load(run, device, attention=fast.attention(device))
+        fast.prepare(found[0], dtype, device)
     return found
 
 

@@ -100,6 +100,24 @@ def test_neither_transformers_nor_a_compiler_is_imported(saved):
     assert subprocess.run([sys.executable, "-c", code, str(saved["lora"])], cwd=config.ROOT).returncode == 0
 
 
+# Bfloat16.
+
+@pytest.mark.skipif(not bert.bfloat16_is_native(), reason="this CPU does not multiply bfloat16 natively")
+def test_bfloat16_layers_compute_what_plain_ones_do(saved):
+    torch.manual_seed(0)
+    plain, x = torch.nn.Linear(96, 40).bfloat16(), torch.randn(50, 96).bfloat16()
+    with torch.inference_mode():
+        expected = plain(x).float()
+        assert torch.allclose(bert.Bfloat16(plain)(x).float(), expected, atol=0.02)
+        gelu = torch.nn.functional.gelu(expected)
+        assert torch.allclose(bert.Bfloat16(plain, gelu=True)(x).float(), gelu, atol=0.02)
+    texts = [list(text) for text in TEXTS]
+    quick = tagger.Tagger.of(saved["full"], precision="bf16")
+    assert isinstance(quick.model.layers[0].up, bert.Bfloat16)
+    for a, b in zip(tagger.Tagger.of(saved["full"], precision="fp32").log_probs(texts), quick.log_probs(texts), strict=True):
+        assert np.abs(np.exp(a) - np.exp(b)).mean() < 0.02
+
+
 # Eight bits.
 
 native = pytest.mark.skipif(not bert.int8_is_native(), reason="this CPU does not multiply bytes natively")
