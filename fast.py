@@ -200,8 +200,9 @@ def _joined(*linears):
 class Rows:
     """Where the tokens of a padded batch, `real` bool [sentences, length], stand in a matrix without padding, and by heads.
 
-    Where it is not `packed` the padding stands in it too. The matrix has a multiple of `step` rows, at least one row more than there are tokens. Nothing is read from the last rows but by padding, whose
-    gradient is zero; so theirs is, all the way down."""
+    Where it is not `packed` the padding stands in it too. The matrix has a multiple of `step` rows, at least one more than
+    there are tokens. Nothing is read from the last rows but by padding, whose gradient is zero; so theirs is, all the way
+    down."""
 
     def __init__(self, real, heads, step, packed=True):
         self.shape, self.heads = real.shape, heads
@@ -255,7 +256,7 @@ def attend(three, rows, scale, dropout=None):
 
 
 class Attention(torch.autograd.Function):
-    """The output of attend."""
+    """What attend does, with its gradient."""
 
     @staticmethod
     def forward(ctx, three, rows, scale, dropout):
