@@ -20,9 +20,10 @@ from errors import UserError
 ROOT = Path(__file__).resolve().parent
 TUNINGS = Literal["lora", "full", "dora", "rslora", "adalora", "ia3", "bitfit", "freeze", "prompt", "prefix", "ptuning"]
 DEFAULT_RATES = {
-    "lora": 1e-3, "full": 2e-4, "dora": 1e-3, "rslora": 5e-4, "adalora": 2e-3, "ia3": 5e-3, "bitfit": 2e-3,
-    "freeze": 5e-3, "prompt": 1e-2, "prefix": 1e-2, "ptuning": 5e-3,
+    "lora": 1e-3, "full": 2e-4, "dora": 1e-3, "rslora": 2.5e-4, "adalora": 9e-3, "ia3": 2e-2, "bitfit": 1e-2,
+    "freeze": 3e-2, "prompt": 1e-2, "prefix": 3e-2, "ptuning": 2e-2,
 }  # fmt: skip
+HEAD_FACTORS = {"lora": 10, "full": 10, "dora": 10, "rslora": 10}  # 1 for the others, whose rates are a head's
 BASE_SIZE_FULL_RATE = 2e-5  # `full` on encoders of hidden size 768 and more, which 2e-4 would ruin
 LARGEST_FILE = 100_000  # bytes; a config.yaml is two thousand
 DEEPEST = 3  # levels: the file, lora, lora.target_modules
@@ -61,6 +62,7 @@ class Config(_Strict):
     max_length: int = _key(256, "tokens in a window; longer sentences become several, none is cut off", ge=8)
     lora: Lora = pydantic.Field(Lora(), description="the adapter of lora, dora, rslora, adalora")
     learning_rate: float | None = _key(None, "null takes what suits the tuning (lora 1e-3, full 2e-4 or 2e-5)", gt=0)
+    head_factor: float | None = _key(None, "the new head learns so many times faster; null takes what suits", gt=0)
     epochs: int = _key(4, "passes over train", ge=1)
     batch_size: int = _key(16, "windows in a batch", ge=1)
     accumulation: int = _key(1, "batches whose gradients make one step", ge=1)
@@ -135,13 +137,14 @@ def load(argv: list[str] | None = None) -> tuple[Config, Flags]:
 
 
 def with_rate(config: Config) -> Config:
-    """The same config with a number in learning_rate: its own, or the one that suits its tuning and encoder."""
-    if config.learning_rate is not None:
-        return config
-    rate = DEFAULT_RATES[config.tuning]
-    if config.tuning == "full" and _hidden_size(config.pretrained) >= 768:
-        rate = BASE_SIZE_FULL_RATE
-    return config.model_copy(update={"learning_rate": rate})
+    """The same config with numbers in learning_rate and head_factor: its own, or those that suit tuning and encoder."""
+    rate, factor = config.learning_rate, config.head_factor
+    if rate is None:
+        base_size = config.tuning == "full" and _hidden_size(config.pretrained) >= 768
+        rate = BASE_SIZE_FULL_RATE if base_size else DEFAULT_RATES[config.tuning]
+    if factor is None:
+        factor = HEAD_FACTORS.get(config.tuning, 1)
+    return config.model_copy(update={"learning_rate": rate, "head_factor": factor})
 
 
 def rate_warning(config: Config) -> str | None:

@@ -375,15 +375,18 @@ class Optimizer:
     `scored` are the weights that an epoch is judged by and that are saved: with `averaging` the mean over about the
     last ninth of all steps so far (polynomial-decay averaging, Shamir & Zhang 2013, with eta 8), else the last ones."""
 
-    def __init__(self, model, learning_rate, weight_decay, averaging=False):
+    def __init__(self, model, learning_rate, weight_decay, averaging=False, head=(), head_factor=1.0):
+        """`head`: names of weights whose learning rate is `head_factor` times that of the others."""
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
                         for name, p in self.weights.items()}
         self.scored = {n: p.detach().clone() for n, p in self.masters.items()} if averaging else self.masters
-        decay = [p for p in self.masters.values() if p.ndim > 1]
-        rest = [p for p in self.masters.values() if p.ndim <= 1]
-        self.adamw = torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay},
-                                        {"params": rest, "weight_decay": 0.0}], lr=learning_rate, fused=True)
+        groups = {}
+        for name, p in self.masters.items():
+            groups.setdefault((name in head, p.ndim > 1), []).append(p)
+        self.adamw = torch.optim.AdamW(
+            [{"params": params, "weight_decay": weight_decay if is_matrix else 0.0, "factor": head_factor if is_head else 1.0}
+             for (is_head, is_matrix), params in groups.items()], lr=learning_rate, fused=True)  # fmt: skip
         self.scale = 2.0 ** 15 if any(p.dtype == torch.float16 for p in self.weights.values()) else 1.0
 
     def backward(self, loss):
@@ -404,7 +407,7 @@ class Optimizer:
             self.scale /= 2
         else:
             for group in self.adamw.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["factor"]
             self.adamw.step()
             self.write_back()
         self.adamw.zero_grad()

@@ -69,7 +69,8 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     log.info("labels: %s", " ".join(labels))
     log.info("%s", models.trainable_line(model))
     fast.prepare(model, dtype, device)
-    optimizer = fast.Optimizer(model, config.learning_rate, config.weight_decay, config.averaging)
+    optimizer = fast.Optimizer(model, config.learning_rate, config.weight_decay, config.averaging,
+                               models.head_weights(model), config.head_factor)  # fmt: skip
     tagger = Tagger(model, tokenizer, meta)
 
     # What it is trained on: a step takes `size` windows, however many processes and passes share them

@@ -75,6 +75,12 @@ def build(config, labels: list[str], unit: str, attention: str | None = None):
     return _tune(model, config), tokenizer, meta
 
 
+def head_weights(model) -> set[str]:
+    """Names of the trained weights that turn hidden states into logits, as model.named_parameters() has them."""
+    heads = set(encoder.heads(model.get_base_model() if hasattr(model, "peft_config") else model))
+    return {name for name, weight in model.named_parameters() if weight.requires_grad and heads & set(name.split("."))}
+
+
 def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Cross-entropy summed over the positions whose label is not -100 (a float32 scalar), and their number.
 

@@ -92,7 +92,7 @@ def test_keys_on_the_command_line():
 def test_every_key_can_be_given(key):
     default = config._get(config.Config(), key)
     made, _ = config.load([f"--{key}", config._yaml(default)])
-    assert config._get(made, key) == default or key == "learning_rate"
+    assert config._get(made, key) == default or key in ("learning_rate", "head_factor")
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -273,6 +273,7 @@ def test_configs_that_ship_are_right(file):
         dev=st.none() | st.text(min_size=1, max_size=20),
         run=st.none() | st.from_regex(r"\A[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,20}\Z"),
         learning_rate=st.floats(min_value=1e-12, max_value=1e3),
+        head_factor=st.floats(min_value=1e-3, max_value=1e3),
         lora=st.builds(
             config.Lora,
             alpha=st.floats(min_value=1e-3, max_value=1e6),
@@ -297,6 +298,8 @@ def test_the_rate_suits_tuning_and_encoder(tmp_path):
     assert config.load(["--tuning", "lora", "--pretrained", str(tmp_path)])[0].learning_rate == 1e-3
     assert config.load(["--tuning", "full", "--pretrained", "google-bert/bert-base-chinese"])[0].learning_rate == 2e-5
     assert config.load(["--tuning", "full", "--learning_rate", "3e-3"])[0].learning_rate == 3e-3
+    assert [config.load(["--tuning", tuning])[0].head_factor for tuning in ("lora", "full", "ia3")] == [10, 10, 1]
+    assert config.load(["--head_factor", "2.5"])[0].head_factor == 2.5
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -337,6 +337,18 @@ def test_float16_leaves_out_a_step_that_overflows():
     assert not torch.equal(model.weight, before)
 
 
+def test_the_head_learns_faster_by_its_factor():
+    """Adam's first step is the learning rate, whatever the gradient."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizer = fast.Optimizer(model, 0.001, 0.0, head={"1.weight", "1.bias"}, head_factor=10)
+    optimizer.backward(model(torch.ones(1, 3)).sum())
+    optimizer.step(0.001, 1e9)
+    for name, weight in model.named_parameters():
+        moved = (weight - before[name]).abs()
+        assert torch.allclose(moved, torch.full_like(moved, 0.01 if name.startswith("1.") else 0.001), rtol=1e-2)
+
+
 def test_the_average_is_a_mean_of_late_weights_and_leaves_training_alone():
     runs = {}
     for averaging in (True, False):

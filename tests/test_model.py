@@ -114,6 +114,7 @@ def test_only_what_the_tuning_trains_is_trained(encoders, tuning):
     trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
     assert any("classifier" in name for name in trained)
     rest = {name for name in trained if "classifier" not in name}
+    assert model.head_weights(network) == trained - rest
     assert {
         "full": len(rest) == len(list(network.bert.parameters())) if tuning == "full" else None,
         "bitfit": bool(rest) and all(name.endswith("bias") for name in rest),

@@ -589,9 +589,14 @@ def main():
     gold = read_gold(options.gold) if options.gold else ({}, ["O"])
     encoder = train(options.work, init, pieces, labels, gold, options.characters, options.learning_rate,
                     options.batch_characters, options.masked_weight, options.checkpoint_steps)
-    encoder.half().save_pretrained(options.output)
+    finished = options.work / "finished"
+    encoder.half().save_pretrained(finished)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(init / name, options.output / name)
+        shutil.copy(init / name, finished / name)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for path in finished.iterdir():  # renamed, not overwritten: runs may hold links to the weights that were there
+        shutil.copy(path, options.output / (path.name + ".new"))
+        os.replace(options.output / (path.name + ".new"), options.output / path.name)
     print(f"wrote {options.output}")
 
 
