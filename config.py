@@ -152,8 +152,8 @@ def rate_warning(config: Config) -> str | None:
     rate, tuning = config.learning_rate, config.tuning
     if tuning in ("lora", "dora", "rslora", "adalora") and rate is not None and rate < 1e-4:
         return (
-            f"learning_rate {rate:g} is too low for {tuning}: below 1e-4 the loss falls and F1 stays 0, "
-            f"because the adapter hardly moves and every character is tagged O; try {DEFAULT_RATES[tuning]:g}"
+            f"learning_rate {rate:g} is too low for {tuning}: below 1e-4 the adapter hardly moves, so "
+            f"the loss falls and F1 stays low, or 0 with every character tagged O; try {DEFAULT_RATES[tuning]:g}"
         )
     if tuning == "full" and rate is not None and rate >= 1e-3:
         better = with_rate(config.model_copy(update={"learning_rate": None})).learning_rate
