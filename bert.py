@@ -154,7 +154,6 @@ class Bert(nn.Module):
             ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 28)
         return self
 
-
     def to_bfloat16(self):
         """Has all of it compute in bfloat16 where bfloat16_is_native()."""
         for layer in self.layers:

@@ -572,7 +572,7 @@ def main():
     parser.add_argument("--gold", type=Path, help="a BIO file among the texts; the last cycle learns its tags too")
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work", help="folder of the intermediate files")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the finished encoder")
-    parser.add_argument("--characters", type=float, nargs="+", default=[9.2e6, 10e6], metavar="N",
+    parser.add_argument("--characters", type=float, nargs="+", default=[9.2e6, 10e6, 5.5e6], metavar="N",
                         help="characters to train on (over one epoch: repeats); of several numbers, each is a cycle of "
                              "the learning rate, so that a finished training can be gone on with")
     parser.add_argument("--pieces", type=int, help="take only this many pieces of text")
