@@ -62,7 +62,9 @@ class Config(_Strict):
     max_length: int = _key(256, "tokens in a window; longer sentences become several, none is cut off", ge=8)
     lora: Lora = pydantic.Field(Lora(), description="the adapter of lora, dora, rslora, adalora")
     learning_rate: float | None = _key(None, "null takes what suits the tuning (lora 1e-3, full 2e-4 or 2e-5)", gt=0)
-    head_factor: float | None = _key(None, "how many times faster the new head learns; null takes what suits (lora, full 10)", gt=0)
+    head_factor: float | None = _key(
+        None, "how many times faster the new head learns; null takes what suits (lora, full 10)", gt=0
+    )
     epochs: int = _key(4, "passes over train", ge=1)
     batch_size: int = _key(16, "windows in a batch", ge=1)
     accumulation: int = _key(1, "batches whose gradients make one step", ge=1)

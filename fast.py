@@ -384,9 +384,10 @@ class Optimizer:
         groups = {}
         for name, p in self.masters.items():
             groups.setdefault((name in head, p.ndim > 1), []).append(p)
-        self.adamw = torch.optim.AdamW(
-            [{"params": params, "weight_decay": weight_decay if is_matrix else 0.0, "factor": head_factor if is_head else 1.0}
-             for (is_head, is_matrix), params in groups.items()], lr=learning_rate, fused=True)  # fmt: skip
+        self.adamw = torch.optim.AdamW([
+            {"params": params, "weight_decay": weight_decay if is_matrix else 0.0,
+             "factor": head_factor if is_head else 1.0}
+            for (is_head, is_matrix), params in groups.items()], lr=learning_rate, fused=True)  # fmt: skip
         self.scale = 2.0 ** 15 if any(p.dtype == torch.float16 for p in self.weights.values()) else 1.0
 
     def backward(self, loss):
@@ -436,13 +437,12 @@ class Optimizer:
         finally:
             self._put(own)
 
-    @torch.no_grad()
-    def _put(self, weights):
-        torch._foreach_copy_(list(self.weights.values()), list(weights))
-
-    @torch.no_grad()
     def write_back(self):
         """Copies the float32 weights into the model."""
-        pairs = [(w, self.masters[n]) for n, w in self.weights.items() if w is not self.masters[n]]
+        self._put(self.masters.values())
+
+    @torch.no_grad()
+    def _put(self, weights):
+        pairs = [(own, new) for own, new in zip(self.weights.values(), weights, strict=True) if own is not new]
         if pairs:
-            torch._foreach_copy_([w for w, _ in pairs], [m for _, m in pairs])
+            torch._foreach_copy_(*map(list, zip(*pairs)))

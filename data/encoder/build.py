@@ -21,6 +21,7 @@ import argparse
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -83,29 +84,24 @@ def read_lines(path):
     bio = sum(len(line) > 2 and line[1:2] in " \t" for line in lines[:1000]) > 500
     if not bio:
         return lines
-    sentences, chars = [], []
-    for line in lines + [""]:
-        if line.strip():
-            chars.append(line[0])
-        elif chars:
-            sentences.append("".join(chars))
-            chars = []
-    return sentences
+    return ["".join(line[0] for line in block) for block in blocks(lines)]
+
+
+def blocks(lines):
+    """Yields the lines between blank ones, as lists: the sentences of a BIO file."""
+    for blank, block in itertools.groupby(lines, lambda line: not line.strip()):
+        if not blank:
+            yield list(block)
 
 
 def read_gold(path):
     """({sentence: its tags, as numbers}, [tag]) of a BIO file of single characters; O is number 0."""
-    found, chars, tags = {}, [], []
+    found = {}
     with open(path, encoding="utf-8") as file:
-        for line in [*file, ""]:
-            fields = line.split()
-            if fields:
-                chars.append(fields[0])
-                tags.append(fields[-1])
-            else:
-                if chars and all(len(c) == 1 for c in chars):
-                    found["".join(chars)] = tags
-                chars, tags = [], []
+        for block in blocks(file):
+            fields = [line.split() for line in block]
+            if all(len(token) == 1 for token, *_ in fields):
+                found["".join(token for token, *_ in fields)] = [tag for *_, tag in fields]
     names = sorted({tag for tags in found.values() for tag in tags}, key=lambda tag: (tag != "O", tag))
     number = {tag: i for i, tag in enumerate(names)}
     return {text: [number[tag] for tag in tags] for text, tags in found.items()}, names
