@@ -63,7 +63,7 @@ def main():
         seeds = ", ".join(f"{f1:.4f}" for f1 in row["seeds"])
         by_type = " | ".join(f"{row['types'][name]:.4f}" for name in types)
         print(f"| {tuning} | {row['micro_f1']:.4f} ({seeds}) | {row['macro_f1']:.4f} | {by_type} "
-              f"| {row['dev_f1']:.4f} | {row['trained']:,} | {row['seconds_per_epoch']:.1f} | {row['model_mb']:.1f} |")
+              f"| {row['dev_f1']:.4f} | {row['trained']:,} | {row['seconds_per_epoch']:.1f} | {row['model_mb']:.2f} |")
     if options.json:
         options.json.write_text(json.dumps(table, indent=1))
 

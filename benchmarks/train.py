@@ -1,6 +1,6 @@
 """The suite's training against transformers' Trainer + peft, on the same encoder, data and settings.
 
-    python benchmarks/train.py [--data FOLDER] [--epochs 3] [--tuning lora full] [--json FILE]
+    python benchmarks/train.py [--data FOLDER] [--epochs 3] [--tuning lora full] [--seeds 1] [--json FILE]
 
 Each side trains in a process of its own, in turn, so that each has the machine and its peak memory to itself.
 The peer is written as the PEFT token-classification guide has it: DataCollatorForTokenClassification, the Trainer's
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,10 +31,12 @@ def peer(options):
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import (
-        AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments)
+        AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments,
+        set_seed)
 
     import evaluate
     import loader
+    set_seed(options.seeds[0])
     train, test = (loader.read(str(options.data / name)) for name in ("train", "test"))
     labels = loader.label_list(train)
     number = {label: i for i, label in enumerate(labels)}
@@ -61,7 +64,7 @@ def peer(options):
             args=TrainingArguments(
                 output_dir=folder, learning_rate=RATES[options.peer], num_train_epochs=options.epochs,
                 per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH, weight_decay=0.01,
-                save_strategy="no", report_to="none", seed=1, disable_tqdm=True,
+                save_strategy="no", report_to="none", seed=options.seeds[0], disable_tqdm=True,
                 bf16=torch.cuda.is_available()))
         began = time.perf_counter()
         trainer.train()
@@ -77,11 +80,11 @@ def peer(options):
                                         seconds / options.epochs, "f1": f1}))
 
 
-def ours(tuning, options, folder):
+def ours(tuning, seed, options, folder):
     """Trains with main.py; returns the same figures and the trained share of the weights."""
     command = [sys.executable, str(ROOT / "main.py"), "--tuning", tuning, "--output", folder, "--run", tuning,
                "--pretrained", options.pretrained, "--epochs", str(options.epochs), "--max_train_sentences", "null",
-               "--batch_size", str(BATCH), "--learning_rate", str(RATES[tuning]), "--seed", "1",
+               "--batch_size", str(BATCH), "--learning_rate", str(RATES[tuning]), "--seed", str(seed),
                "--lora.r", str(LORA["r"]), "--lora.alpha", str(LORA["alpha"]), "--lora.dropout", "0",
                "--train", str(options.data / "train"), "--dev", str(options.data / "dev"),
                "--test", str(options.data / "test")]
@@ -141,6 +144,7 @@ def main():
     parser.add_argument("--pretrained", default="data/encoder")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--tuning", nargs="*", choices=list(RATES), default=list(RATES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1], help="the figures are means over these")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", choices=list(RATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -156,14 +160,19 @@ def main():
     weights = encoder_weights(options.pretrained)
     result = {}
     for tuning in options.tuning:
-        with tempfile.TemporaryDirectory() as folder:
-            peak = matrix_peak(dtype, device)
-            mine = ours(tuning, options, folder)
-            peak = max(peak, matrix_peak(dtype, device))
-            file = Path(folder) / "peer.json"
-            memory = measure([sys.executable, __file__, "--peer", tuning, "--data", str(options.data), "--pretrained",
-                              options.pretrained, "--epochs", str(options.epochs), "--json", str(file)])
-            other = json.loads(file.read_text())
+        peak, mine, other = 0, [], []
+        for seed in options.seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                peak = max(peak, matrix_peak(dtype, device))
+                mine.append(ours(tuning, seed, options, folder))
+                peak = max(peak, matrix_peak(dtype, device))
+                file = Path(folder) / "peer.json"
+                memory = measure([sys.executable, __file__, "--peer", tuning, "--data", str(options.data),
+                                  "--pretrained", options.pretrained, "--epochs", str(options.epochs),
+                                  "--seeds", str(seed), "--json", str(file)])
+                other.append(json.loads(file.read_text()) | {"peak_mb": memory})
+            print(f"{tuning}, seed {seed}: F1 {mine[-1]['f1']:.4f} against {other[-1]['f1']:.4f}", flush=True)
+        mine, other = ({key: mean(run[key] for run in runs) for key in runs[0]} for runs in (mine, other))
         # Operations a token: 4 a frozen and 6 a trained weight (forward 2, input gradient 2, weight gradient 2).
         adapter = mine["trained"] if tuning == "lora" else 0
         operations = 4 * weights + 6 * adapter if tuning == "lora" else 6 * weights
@@ -173,9 +182,9 @@ def main():
             "seconds_per_epoch": mine["seconds_per_epoch"], "peer_seconds_per_epoch": other["seconds_per_epoch"],
             "f1": mine["f1"], "peer_f1": other["f1"],
             "peak_share": mine["tokens_per_second"] * operations / peak, "matrix_peak_gflops": peak / 1e9,
-            "peak_mb": mine["peak_mb"], "peer_peak_mb": memory}
+            "peak_mb": mine["peak_mb"], "peer_peak_mb": other["peak_mb"]}
     print(f"\n{device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')} ({reason}), "
-          f"{options.epochs} epochs of {options.data}")
+          f"{options.epochs} epochs of {options.data}, seeds {options.seeds}")
     print(f"{'':24}" + "".join(f"{tuning:>12}" for tuning in result))
     for key in next(iter(result.values()), {}):
         print(f"{key:24}" + "".join(f"{row[key]:12.3f}" if row[key] < 100 else f"{row[key]:12.0f}"
