@@ -7,13 +7,10 @@ six bytes a trained weight more than autocast's scheme and saves converting ever
 """
 
 import contextlib
-import os
 
 import torch
 from torch import nn
 
-# Read at PyTorch's first tensor: on Linux its large blocks are then of large pages, which take less time to clear.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
