@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--pretrained", default="data/encoder")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--tuning", nargs="*", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[1], help="the figures are means over these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="the figures are means over these")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peer", choices=list(RATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
