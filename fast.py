@@ -7,9 +7,13 @@ six bytes a trained weight more than autocast's scheme and saves converting ever
 """
 
 import contextlib
+import os
 
 import torch
 from torch import nn
+
+# Of compiled products; 1024 by default, which the shapes of an epoch's batches exceed, so that each is compiled again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -202,29 +206,41 @@ class Rows:
 
     Where it is not `packed` the padding stands in it too. The matrix has a multiple of `step` rows, at least one more than
     there are tokens. Nothing is read from the last rows but by padding, whose gradient is zero; so theirs is, all the way
-    down."""
+    down. By heads the sentences stand in `blocks` of like length, the longest first: (begin, end, sentences x heads,
+    length, what is added to the scores of the keys)."""
+
+    SCORES = 1 << 19  # in a block, unless one sentence has more: they stay in the caches, and their memory serves the next
+    LENGTHS = 8  # blocks have lengths of this step and a power of two sentences: products are compiled for each shape
 
     def __init__(self, real, heads, step, packed=True):
         self.shape, self.heads = real.shape, heads
-        sentences, length = self.shape
-        self.tokens = (real if packed else torch.ones_like(real)).flatten().nonzero().squeeze(1)
+        kept = real if packed else torch.ones_like(real)
+        self.tokens = kept.flatten().nonzero().squeeze(1)
         count = len(self.tokens)
         rows = (count // step + 1) * step
         self.source = torch.cat([self.tokens, self.tokens.new_zeros(rows - count)])
-        place = torch.full((sentences * length,), rows - 1)
-        place[self.tokens] = torch.arange(count)
-        head, part = torch.arange(heads), torch.arange(3).view(3, 1, 1, 1) * heads
-        row = place.view(sentences, 1, length)
-        self.by_head = (row * heads + head.view(-1, 1)).flatten()
-        self.three_by_head = (row * 3 * heads + head.view(-1, 1) + part).flatten()
-        sentence, self.position = self.source // length, self.source % length
-        by_row = (sentence.view(-1, 1) * heads + head) * length + self.position.view(-1, 1)
-        self.by_row = by_row.flatten()
-        self.three_by_row = (by_row.view(-1, 1, heads) + part.view(3, 1) * sentences * length).flatten()
-        self.mask = None
-        if not real.all():
-            mask = torch.zeros(self.shape).masked_fill_(~real, torch.finfo(torch.float16).min)  # in any type
-            self.mask = mask.repeat_interleave(heads, 0).unsqueeze(1)
+        self.position = self.source % self.shape[1]
+        seen = torch.cat([real.flatten()[self.tokens], real.new_zeros(rows - count)])
+        counts = kept.sum(1)
+        starts, order = counts.cumsum(0) - counts, counts.argsort(descending=True, stable=True)
+        left, head, by_head, begin, self.blocks = counts[order].tolist(), torch.arange(heads)[:, None], [], 0, []
+        while left:
+            length = max(1, -(-left[0] // self.LENGTHS)) * self.LENGTHS
+            fitting = min(len(left), max(1, self.SCORES // (heads * length * length)))
+            chosen, order = order.tensor_split([1 << fitting.bit_length() - 1])
+            left, at = left[len(chosen) :], torch.arange(length)
+            row = torch.where(at < counts[chosen, None], starts[chosen, None] + at, rows - 1)
+            by_head.append((row[:, None] * heads + head).flatten())
+            mask = torch.zeros(row.shape).masked_fill_(~seen[row], torch.finfo(torch.float16).min)  # in any type
+            end = begin + len(by_head[-1])
+            self.blocks.append((begin, end, len(row) * heads, length, mask.repeat_interleave(heads, 0)[:, None]))
+            begin = end
+        self.by_head, part = torch.cat(by_head), torch.arange(3)[:, None]
+        self.three_by_head = (self.by_head // heads * 2 * heads + self.by_head + part * heads).flatten()
+        by_row = torch.zeros(rows * heads, dtype=torch.long)
+        self.by_row = by_row.index_copy_(0, self.by_head, torch.arange(end)).view(rows, 1, heads)
+        self.by_row[-1] = 0  # all padding had been written there
+        self.by_row, self.three_by_row = self.by_row.flatten(), (self.by_row + part * end).flatten()
 
     def pack(self, hidden):
         return hidden.flatten(0, 1).index_select(0, self.source)
@@ -237,22 +253,21 @@ class Rows:
 def attend(three, rows, scale, dropout=None):
     """Scaled dot-product attention of query, key and value side by side [rows, 3 x hidden], into [rows, hidden].
 
-    Also returns what its gradient takes: the three by heads [3, sentences x heads, length, width], the shares of each
-    token [sentences x heads, length, length], and the mask that `dropout` drew for them."""
-    width, length = three.shape[1] // (3 * rows.heads), rows.shape[1]
-    parts = three.view(-1, width).index_select(0, rows.three_by_head).view(3, -1, length, width)
-    query, key, value = parts
-    if rows.mask is not None:
-        mask = rows.mask.to(three.dtype).expand(-1, length, -1)
-        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
-    else:
-        scores = torch.bmm(query, key.transpose(1, 2))
-        scores = scores if scale == 1 else scores.mul_(scale)
+    Also returns what its gradient takes: the three by heads [3, places, width], and for each block the shares of each
+    token [sentences x heads, length, length] and the mask that `dropout` drew for them."""
+    width = three.shape[1] // (3 * rows.heads)
+    parts = three.view(-1, width).index_select(0, rows.three_by_head).view(3, -1, width)
+    out, shares, drawn = torch.empty_like(parts[0]), [], []
     exact = torch.promote_types(three.dtype, torch.float32)  # and twice as fast as softmax in bfloat16
-    share = torch.softmax(scores, -1, dtype=exact).to(three.dtype)
-    mask = None if dropout is None else _drawn(dropout, share)
-    out = torch.bmm(share if mask is None else share * mask, value)
-    return out.view(-1, width).index_select(0, rows.by_row).view(len(three), -1), parts, share, mask
+    for begin, end, number, length, mask in rows.blocks:
+        query, key, value = parts[:, begin:end].unflatten(1, (number, length))
+        mask = mask.to(three.dtype).expand(-1, length, -1)
+        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
+        shares.append(torch.softmax(scores, -1, dtype=exact).to(three.dtype))
+        drawn.append(None if dropout is None else _drawn(dropout, shares[-1]))
+        share = shares[-1] if drawn[-1] is None else shares[-1] * drawn[-1]
+        torch.bmm(share, value, out=out[begin:end].view(value.shape))
+    return out.index_select(0, rows.by_row).view(len(three), -1), parts, shares, drawn
 
 
 class Attention(torch.autograd.Function):
@@ -260,25 +275,28 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, three, rows, scale, dropout):
-        out, *saved = attend(three, rows, scale, dropout)
-        ctx.save_for_backward(*saved)
+        out, parts, shares, drawn = attend(three, rows, scale, dropout)
+        ctx.save_for_backward(parts, *shares, *drawn)
         ctx.rows, ctx.scale = rows, scale
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        (query, key, value), share, mask = ctx.saved_tensors
-        rows, width = ctx.rows, query.shape[-1]
-        dout = grad.reshape(-1, width).index_select(0, rows.by_head).view(query.shape)
-        dshare = torch.bmm(dout, value.transpose(1, 2))
-        if mask is not None:
-            dshare.mul_(mask)
-        dscores = torch._softmax_backward_data(dshare, share, -1, share.dtype).mul_(ctx.scale)
-        dparts = torch.empty(3, *query.shape, dtype=query.dtype)
-        torch.bmm(dscores, key, out=dparts[0])
-        torch.bmm(dscores.transpose(1, 2), query, out=dparts[1])
-        torch.bmm((share if mask is None else share.mul(mask)).transpose(1, 2), dout, out=dparts[2])
-        dthree = dparts.view(-1, width).index_select(0, rows.three_by_row).view(len(grad), -1)
+        (parts, *saved), rows = ctx.saved_tensors, ctx.rows
+        dout = grad.reshape(-1, parts.shape[-1]).index_select(0, rows.by_head)
+        dparts, count = torch.empty_like(parts), len(rows.blocks)
+        for (begin, end, *shape, _), share, drawn in zip(rows.blocks, saved[:count], saved[count:]):
+            query, key, value = parts[:, begin:end].unflatten(1, shape)
+            dquery, dkey, dvalue = dparts[:, begin:end].unflatten(1, shape)
+            dblock = dout[begin:end].view(value.shape)
+            dshare = torch.bmm(dblock, value.transpose(1, 2))
+            if drawn is not None:
+                dshare.mul_(drawn)
+            dscores = torch._softmax_backward_data(dshare, share, -1, share.dtype).mul_(ctx.scale)
+            torch.bmm(dscores, key, out=dquery)
+            torch.bmm(dscores.transpose(1, 2), query, out=dkey)
+            torch.bmm((share if drawn is None else share * drawn).transpose(1, 2), dblock, out=dvalue)
+        dthree = dparts.flatten(0, 1).index_select(0, rows.three_by_row).view(len(grad), -1)
         dthree[len(rows.tokens):] = 0
         return dthree, None, None, None
 

@@ -1,10 +1,13 @@
 """The fast paths compute what the plain ones do: losses, gradients, logits and steps, within the precision's tolerance."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification
@@ -210,11 +213,13 @@ def test_the_stack_drops_in_attention_and_between_layers_and_follows_the_seed(pa
     assert torch.equal(quick.eval()(**inputs).logits, quick(**inputs).logits)
 
 
-def test_attention_has_the_gradients_of_its_formula():
-    """With dropout, padding and rows that stand for no token, in float64."""
+@pytest.mark.parametrize("scores", [1, fast.Rows.SCORES])
+def test_attention_has_the_gradients_of_its_formula(scores, monkeypatch):
+    """With dropout, padding and rows that stand for no token, in float64; sentence by sentence and all at once."""
+    monkeypatch.setattr(fast.Rows, "SCORES", scores)
     torch.manual_seed(0)
     rows = fast.Rows(torch.tensor([[True, True, True], [True, True, False]]), 2, 4)
-    assert rows.tokens.tolist() == [0, 1, 2, 3, 4]
+    assert rows.tokens.tolist() == [0, 1, 2, 3, 4] and len(rows.blocks) == (2 if scores == 1 else 1)
     dropout = fast.Dropout(0.5).double()
 
     def attended(three):
@@ -222,6 +227,22 @@ def test_attention_has_the_gradients_of_its_formula():
         return fast.Attention.apply(nn.functional.pad(three, (0, 0, 0, 3)), rows, 0.7, dropout)[:5]
 
     assert torch.autograd.gradcheck(attended, torch.randn(5, 12, dtype=torch.float64, requires_grad=True))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=13, max_size=13).filter(any), min_size=1, max_size=9),
+       st.sampled_from([1, 300, 1000, fast.Rows.SCORES]), st.booleans())
+def test_attention_is_each_sentences_own_however_they_stand_in_blocks(real, scores, packed):
+    real, heads, width = torch.tensor(real), 2, 3
+    with mock.patch.object(fast.Rows, "SCORES", scores):
+        rows = fast.Rows(real, heads, 4, packed)
+    assert sum(end - begin for begin, end, *_ in rows.blocks) == rows.blocks[-1][1] == len(rows.by_head)
+    three = torch.randn(*real.shape, 3, heads, width, generator=torch.Generator().manual_seed(0))
+    seen = rows.unpack(fast.attend(rows.pack(three.flatten(2)), rows, 0.7)[0])
+    for sentence, kept, found in zip(three, real, seen):
+        query, key, value = sentence.permute(1, 2, 0, 3)
+        shares = torch.softmax((query @ key.mT * 0.7).masked_fill(~kept, -torch.inf), -1)
+        chosen = kept if packed else torch.ones_like(kept)
+        assert torch.allclose(found[chosen], (shares @ value).transpose(0, 1).flatten(1)[chosen], atol=1e-5)
 
 
 def test_hidden_states_that_are_asked_for_are_transformers_own(packed):
