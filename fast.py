@@ -116,7 +116,7 @@ class Stack:
     little, and its logits are then those of the plain model everywhere."""
 
     KINDS = {kind + "Encoder" for kind in ("Bert", "Camembert", "Electra", "Ernie", "Roberta", "XLMRoberta")}
-    ROUND = 32  # rows: products are compiled for each number of them anew, and about 40 numbers stay cached
+    ROUND = 32  # rows: products are compiled for each number of them anew
 
     def __init__(self, encoder):
         self.encoder, self.plain = encoder, encoder.forward
@@ -237,10 +237,10 @@ class Rows:
             begin = end
         self.by_head, part = torch.cat(by_head), torch.arange(3)[:, None]
         self.three_by_head = (self.by_head // heads * 2 * heads + self.by_head + part * heads).flatten()
-        by_row = torch.zeros(rows * heads, dtype=torch.long)
-        self.by_row = by_row.index_copy_(0, self.by_head, torch.arange(end)).view(rows, 1, heads)
-        self.by_row[-1] = 0  # all padding had been written there
-        self.by_row, self.three_by_row = self.by_row.flatten(), (self.by_row + part * end).flatten()
+        by_row = torch.zeros(rows * heads, dtype=torch.long).index_copy_(0, self.by_head, torch.arange(end))
+        by_row = by_row.view(rows, 1, heads)
+        by_row[-1] = 0  # all padding had been written there
+        self.by_row, self.three_by_row = by_row.flatten(), (by_row + part * end).flatten()
 
     def pack(self, hidden):
         return hidden.flatten(0, 1).index_select(0, self.source)
