@@ -65,6 +65,48 @@ def test_the_product_has_the_gradients_of_its_formula():
     assert torch.allclose(fast.LowRankProduct.apply(x, weight, None, a, b, 0.5), plain - bias)
 
 
+laid_out = pytest.mark.skipif(not fast.Frozen.fits(torch.zeros(1)), reason="this CPU has no layout of its own for weights")
+
+
+@laid_out
+def test_a_frozen_weight_gives_the_products_and_gradients_of_a_plain_one():
+    torch.manual_seed(0)
+    x, a, b = (torch.randn(s, requires_grad=True) for s in ((2, 3, 6), (2, 6), (9, 2)))
+    weights, bias, dy = [torch.randn(n, 6) for n in (5, 4)], torch.randn(9), torch.randn(2, 3, 9)
+    for adapter in ((a, b, 0.5), (None, None, None)):
+        found = []
+        for weight in (fast.Frozen().of(weights, True), torch.cat(weights)):
+            y = fast.LowRankProduct.apply(x, weight, bias, *adapter)
+            found.append([y, *torch.autograd.grad(y, [t for t in (x, *adapter[:2]) if t is not None], dy)])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@laid_out
+def test_a_frozen_weight_is_laid_out_once_and_anew_when_it_is_another():
+    frozen, x, weight = fast.Frozen(), torch.randn(2, 3), torch.randn(4, 3)
+    assert frozen.of([weight], True) is frozen
+    straight = frozen.straight
+    assert frozen.of([weight], True).straight is straight
+    with torch.no_grad():
+        weight.add_(1)
+    torch.testing.assert_close(frozen.of([weight], True).product(x, None), x @ weight.T)
+    other = torch.randn(4, 3)
+    torch.testing.assert_close(frozen.of([other], True).product(x, None), x @ other.T)
+    assert frozen.of([other, torch.randn(4, 3, requires_grad=True)], True) is None
+    assert frozen.of([other.double()], True) is None
+
+
+@laid_out
+def test_only_weights_that_train_are_laid_out_for_each_product(monkeypatch):
+    calls, product = [], fast.Frozen.product
+    monkeypatch.setattr(fast.Frozen, "product", lambda self, *args: calls.append(self) or product(self, *args))
+    for tuned, expected in (("full", 0), ("lora", 12), ("some layers", 12)):
+        calls.clear()
+        gradients(pair(tuned=tuned)[1], *padded())
+        assert len(calls) == expected == len(set(calls)), tuned
+
+
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}, {"bias": "all"}])
 def test_other_kinds_of_lora_are_left_to_peft(lora):
     model = tagger(**lora)
@@ -151,8 +193,10 @@ def packed(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("tuned", list(TUNED))
-def test_the_stack_gives_the_plain_logits_and_every_gradient(tuned, packed):
+@pytest.mark.parametrize(("tuned", "laid_out"), [(name, True) for name in TUNED] + [("lora", False)])
+def test_the_stack_gives_the_plain_logits_and_every_gradient(tuned, laid_out, packed, monkeypatch):
+    if not laid_out:
+        monkeypatch.setattr(fast.Frozen, "fits", staticmethod(lambda weight: False))
     plain, quick = pair(tuned=tuned)
     (logits, grads), (logits2, grads2) = (gradients(model, *padded()) for model in (plain, quick))
     assert len(packed) == (tuned in STACKED)
