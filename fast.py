@@ -143,13 +143,11 @@ def _fuse_lora(module):
     """Replaces the forward of one peft LoRA layer, where it is of the plain kind. Returns whether it did."""
     if _adapter(module) is None:
         return False
-    plain, base, frozen = module.forward, module.base_layer, Frozen()
+    plain, frozen = module.forward, Frozen()
 
     def forward(x, *args, **kwargs):
-        adapter = _adapter(module)
-        if adapter is None or args or kwargs:
-            return plain(x, *args, **kwargs)
-        return LowRankProduct.apply(x, frozen.of([base.weight], True) or base.weight, base.bias, *adapter)
+        product = None if args or kwargs else _joined(frozen, module)
+        return plain(x, *args, **kwargs) if product is None else LowRankProduct.apply(x, *product)
 
     module.forward = forward
     return True
