@@ -5,8 +5,6 @@ None for all else, and for a folder that is damaged in any way, so that model.lo
 tests/test_bert.py holds its logits to those of transformers.
 """
 
-import contextlib
-import ctypes
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ from torch import nn
 import fast
 
 FULL, MERGED = ("full", "bitfit", "freeze"), ("lora", "rslora")  # tunings whose weights are one plain BERT's
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def _weights(settings: dict, labels: int) -> nn.Module:
@@ -148,10 +145,7 @@ class Bert(nn.Module):
         for layer in self.layers:
             layer.qkv, layer.out, layer.up[0] = Int8(layer.qkv, dtype=dtype), Int8(layer.out), Int8(layer.up[0])
             layer.down = Int8(layer.down, after_gelu=True)
-        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
-            # Else large blocks go back to the system when freed, and clearing new ones takes a third of the time.
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 25)
-            ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 28)
+        fast.hold_memory()  # clearing new memory takes a third of the time
         return self
 
     def to_bfloat16(self):

@@ -4,7 +4,9 @@
 
 Each side trains in a process of its own, in turn, so that each has the machine and its peak memory to itself.
 The peer is written as the PEFT token-classification guide has it: DataCollatorForTokenClassification, the Trainer's
-defaults for everything not named. Speed counts real tokens (no padding) over the training time alone.
+defaults for everything not named. Speed counts real tokens (no padding) over the training time alone. `peak_share` is
+the share of the matrix peak that the whole loop reaches, `step_peak_share` that of single steps: ten batches spread over
+an epoch, each trained on ten times, of which the fastest counts, as it does for the peak.
 """
 
 import argparse
@@ -80,14 +82,58 @@ def peer(options):
                                         seconds / options.epochs, "f1": f1}))
 
 
+def arguments(tuning, seed, options):
+    """main.py's, for the settings of the comparison."""
+    return ["--tuning", tuning, "--pretrained", options.pretrained, "--epochs", str(options.epochs),
+            "--max_train_sentences", "null", "--batch_size", str(BATCH), "--learning_rate", str(RATES[tuning]),
+            "--seed", str(seed), "--lora.r", str(LORA["r"]), "--lora.alpha", str(LORA["alpha"]), "--lora.dropout", "0",
+            "--train", str(options.data / "train"), "--dev", str(options.data / "dev"),
+            "--test", str(options.data / "test")]
+
+
+def steps(options):
+    """Times single steps of main.py's loop; writes tokens a second and the peak measured meanwhile to options.json."""
+    import torch
+
+    import checkpoint
+    import fast
+    import loader
+    import model as models
+    import parallel
+    from tagger import Tagger
+    settings, _ = config.load(arguments(options.steps, options.seeds[0], options))
+    devices, corpus = parallel.start(settings), loader.read(settings.train)
+    device, labels = devices.device, loader.label_list(corpus.sentences)
+    dtype, _ = fast.choose(settings.precision, device)
+    torch.manual_seed(settings.seed)
+    model, tokenizer, meta = models.build(settings, labels, corpus.unit, fast.attention(device))
+    fast.prepare(model, dtype, device)
+    optimizer = fast.Optimizer(model, settings.learning_rate, settings.weight_decay, settings.averaging,
+                               models.head_weights(model), settings.head_factor)
+    number = {label: index for index, label in enumerate(labels)}
+    gold = [[number[tag] for tag in sentence.tags] for sentence in corpus.sentences]
+    windows = Tagger(model, tokenizer, meta).units.windows([sentence.chars for sentence in corpus.sentences])
+    order = loader.batches(windows, BATCH, seed=settings.seed)
+    at, done, tokens, seconds, peak = checkpoint.Progress(micro_batch=BATCH), 0, 0, 0.0, 0.0
+    model.train()
+    for batch in order[::max(1, len(order) // 10)][:10]:
+        peak, times = max(peak, matrix_peak(dtype, device.type)), []
+        for _ in range(10):
+            began = time.perf_counter()
+            loss, _ = parallel.add_gradients(model, optimizer, batch, gold, tokenizer.pad_token_id, devices, at, False)
+            optimizer.step(settings.learning_rate, settings.max_grad_norm)
+            parallel.after_step(model, optimizer, done := done + 1, 100)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        tokens, seconds = tokens + sum(len(window.ids) for window in batch), seconds + min(times)
+    options.json.write_text(json.dumps({"tokens_per_second": tokens / seconds, "peak": peak}))
+
+
 def ours(tuning, seed, options, folder):
     """Trains with main.py; returns the same figures and the trained share of the weights."""
-    command = [sys.executable, str(ROOT / "main.py"), "--tuning", tuning, "--output", folder, "--run", tuning,
-               "--pretrained", options.pretrained, "--epochs", str(options.epochs), "--max_train_sentences", "null",
-               "--batch_size", str(BATCH), "--learning_rate", str(RATES[tuning]), "--seed", str(seed),
-               "--lora.r", str(LORA["r"]), "--lora.alpha", str(LORA["alpha"]), "--lora.dropout", "0",
-               "--train", str(options.data / "train"), "--dev", str(options.data / "dev"),
-               "--test", str(options.data / "test")]
+    command = [sys.executable, str(ROOT / "main.py"), *arguments(tuning, seed, options), "--output", folder,
+               "--run", tuning]
     memory = measure(command)
     run = Path(folder) / tuning
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -98,6 +144,14 @@ def ours(tuning, seed, options, folder):
             "seconds_per_epoch": sum(e["seconds"] for e in epochs) / len(epochs),
             "f1": json.loads((run / "test.json").read_text())["micro"]["f1"], "peak_mb": memory,
             "trained": trained, "total": total}
+
+
+def again(what, tuning, seed, options, folder):
+    """Runs this file's `peer` or `steps` in a process of its own; returns what it wrote and its peak memory in MB."""
+    file = Path(folder) / "found.json"
+    memory = measure([sys.executable, __file__, f"--{what}", tuning, "--data", str(options.data), "--pretrained",
+                      options.pretrained, "--epochs", str(options.epochs), "--seeds", str(seed), "--json", str(file)])
+    return json.loads(file.read_text()), memory
 
 
 def measure(command):
@@ -146,11 +200,12 @@ def main():
     parser.add_argument("--tuning", nargs="*", choices=list(RATES), default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="the figures are means over these")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peer", choices=list(RATES), help=argparse.SUPPRESS)
+    for part in ("peer", "steps"):
+        parser.add_argument(f"--{part}", choices=list(RATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data = options.data.resolve()
-    if options.peer:
-        return peer(options)
+    if options.peer or options.steps:
+        return peer(options) if options.peer else steps(options)
 
     import torch
 
@@ -166,11 +221,10 @@ def main():
                 peak = max(peak, matrix_peak(dtype, device))
                 mine.append(ours(tuning, seed, options, folder))
                 peak = max(peak, matrix_peak(dtype, device))
-                file = Path(folder) / "peer.json"
-                memory = measure([sys.executable, __file__, "--peer", tuning, "--data", str(options.data),
-                                  "--pretrained", options.pretrained, "--epochs", str(options.epochs),
-                                  "--seeds", str(seed), "--json", str(file)])
-                other.append(json.loads(file.read_text()) | {"peak_mb": memory})
+                single, _ = again("steps", tuning, seed, options, folder)
+                mine[-1] |= {"step_tokens_per_second": single["tokens_per_second"], "step_peak": single["peak"]}
+                found, memory = again("peer", tuning, seed, options, folder)
+                other.append(found | {"peak_mb": memory})
             print(f"{tuning}, seed {seed}: F1 {mine[-1]['f1']:.4f} against {other[-1]['f1']:.4f}", flush=True)
         mine, other = ({key: mean(run[key] for run in runs) for key in runs[0]} for runs in (mine, other))
         # Operations a token: 4 a frozen and 6 a trained weight (forward 2, input gradient 2, weight gradient 2).
@@ -182,6 +236,7 @@ def main():
             "seconds_per_epoch": mine["seconds_per_epoch"], "peer_seconds_per_epoch": other["seconds_per_epoch"],
             "f1": mine["f1"], "peer_f1": other["f1"],
             "peak_share": mine["tokens_per_second"] * operations / peak, "matrix_peak_gflops": peak / 1e9,
+            "step_peak_share": mine["step_tokens_per_second"] * operations / mine["step_peak"],
             "peak_mb": mine["peak_mb"], "peer_peak_mb": other["peak_mb"]}
     print(f"\n{device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')} ({reason}), "
           f"{options.epochs} epochs of {options.data}, seeds {options.seeds}")

@@ -1,6 +1,10 @@
 """The fast paths compute what the plain ones do: losses, gradients, logits and steps, within the precision's tolerance."""
 
 import copy
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -469,3 +473,25 @@ def test_attention_dropout_is_drawn_beforehand_and_changes_nothing_when_tagging(
     second = model(input_ids=ids, attention_mask=mask).logits
     torch.manual_seed(5)
     assert torch.equal(first, model(input_ids=ids, attention_mask=mask).logits) and not torch.equal(first, second)
+
+
+def test_memory_is_held_in_huge_pages():
+    """In a process of its own: the advice lasts for the life of one."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this system has no huge pages, or another C library than glibc")
+    code = """
+import ctypes, torch, fast
+fast.hold_memory()
+begin = ctypes.CDLL(None).sbrk
+begin.restype = ctypes.c_void_p
+end, weights = begin(0), [torch.ones(3 << 20) for _ in range(20)]
+assert all(weight.data_ptr() < end for weight in weights), "all from the heap as it was grown"
+del weights
+assert begin(0) == end, "nothing goes back"
+heap = open("/proc/self/smaps").read().split("[heap]")[1:]
+flags = [part.split("VmFlags:")[1].split("\\n")[0].split() for part in heap]
+sizes = [int(part.split("Size:")[1].split()[0]) for part in heap]
+print(sum(size for size, kinds in zip(sizes, flags) if "hg" in kinds))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(fast.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 1_900_000, done.stdout + done.stderr
