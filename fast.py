@@ -49,13 +49,17 @@ def hold_memory():
     first epoch. Does nothing with another C library."""
     if sys.platform != "linux":
         return
-    with contextlib.suppress(AttributeError, OSError):
-        libc, block, page = ctypes.CDLL(None), 31 << 20, 2 << 20
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as file:
+            page = int(file.read())
+        if page > 2 << 20:  # some ARM systems have pages of 512 MB, far more than a step takes
+            return
         libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
         begin = -(-libc.sbrk(0) // page) * page
-        blocks = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(block))) for _ in range(64)]  # the heap grows by them
+        blocks = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(31 << 20))) for _ in range(64)]  # the heap grows by them
         if (size := libc.sbrk(0) - begin) > 0:
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_HUGEPAGE)
         for block in blocks:
@@ -439,7 +443,7 @@ def _draw_attention_dropout_beforehand(model):
 
 def prepare(model, dtype, device):
     """Readies a model in place: moved to `device`, all floating-point weights in `dtype`, LoRA layers fused, and on
-    a CPU the dropout masks drawn beforehand. Returns the number of fused LoRA layers."""
+    a CPU the dropout masks drawn beforehand and memory held. Returns the number of fused LoRA layers."""
     if torch.device(device).type == "cpu":
         hold_memory()
     model.to(device=device, dtype=dtype)

@@ -477,8 +477,9 @@ def test_attention_dropout_is_drawn_beforehand_and_changes_nothing_when_tagging(
 
 def test_memory_is_held_in_huge_pages():
     """In a process of its own: the advice lasts for the life of one."""
-    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("this system has no huge pages, or another C library than glibc")
+    size = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+    if not size.exists() or int(size.read_text()) > 2 << 20 or not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("this system has no huge pages of 2 MB, or another C library than glibc")
     code = """
 import ctypes, torch, fast
 fast.hold_memory()
