@@ -45,7 +45,7 @@ def choose(precision, device):
 def hold_memory():
     """Has glibc keep what is freed for what comes next, and Linux back the next 2 GB of its heap by huge pages.
 
-    A step takes and frees hundreds of megabytes: by pages of 4 kB it took about 8% longer, with 300,000 faults in the
+    A step takes and frees hundreds of megabytes: by pages of 4 kB it took up to a tenth longer, with 300,000 faults in the
     first epoch. Does nothing with another C library."""
     if sys.platform != "linux":
         return
