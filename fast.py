@@ -45,8 +45,8 @@ def choose(precision, device):
 def hold_memory():
     """Has glibc keep what is freed for what comes next, and Linux back the next 2 GB of its heap by huge pages.
 
-    A step takes and frees hundreds of megabytes: by pages of 4 kB it took up to a tenth longer, with 300,000 faults in the
-    first epoch. Does nothing with another C library."""
+    A step takes and frees hundreds of megabytes: by pages of 4 kB it took up to a tenth longer, with 300,000 faults in
+    the first epoch. Does nothing with another C library."""
     if sys.platform != "linux":
         return
     with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -444,7 +444,8 @@ def _draw_attention_dropout_beforehand(model):
 def prepare(model, dtype, device):
     """Readies a model in place: moved to `device`, all floating-point weights in `dtype`, LoRA layers fused, and on
     a CPU the dropout masks drawn beforehand and memory held. Returns the number of fused LoRA layers."""
-    if torch.device(device).type == "cpu":
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
         hold_memory()
     model.to(device=device, dtype=dtype)
     fused = 0
@@ -452,13 +453,13 @@ def prepare(model, dtype, device):
     for module in list(model.modules()):
         if _is_lora(module):
             fused += _fuse_lora(module)
-        if torch.device(device).type == "cpu":
+        if on_cpu:
             for name, child in module.named_children():
                 if type(child) is nn.Dropout and child.p > 0:
                     if child.p not in masks:
                         masks[child.p] = Dropout(child.p).to(dtype).train(child.training)
                     setattr(module, name, masks[child.p])
-    if torch.device(device).type == "cpu":
+    if on_cpu:
         for module in list(model.modules()):
             if Stack.fits(module):
                 module.forward = Stack(module)

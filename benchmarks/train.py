@@ -204,8 +204,10 @@ def main():
         parser.add_argument(f"--{part}", choices=list(RATES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data = options.data.resolve()
-    if options.peer or options.steps:
-        return peer(options) if options.peer else steps(options)
+    if options.peer:
+        return peer(options)
+    if options.steps:
+        return steps(options)
 
     import torch
 

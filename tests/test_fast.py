@@ -483,12 +483,12 @@ def test_memory_is_held_in_huge_pages():
     code = """
 import ctypes, torch, fast
 fast.hold_memory()
-begin = ctypes.CDLL(None).sbrk
-begin.restype = ctypes.c_void_p
-end, weights = begin(0), [torch.ones(3 << 20) for _ in range(20)]
+sbrk = ctypes.CDLL(None).sbrk
+sbrk.restype = ctypes.c_void_p
+end, weights = sbrk(0), [torch.ones(3 << 20) for _ in range(20)]
 assert all(weight.data_ptr() < end for weight in weights), "all from the heap as it was grown"
 del weights
-assert begin(0) == end, "nothing goes back"
+assert sbrk(0) == end, "nothing goes back"
 heap = open("/proc/self/smaps").read().split("[heap]")[1:]
 flags = [part.split("VmFlags:")[1].split("\\n")[0].split() for part in heap]
 sizes = [int(part.split("Size:")[1].split()[0]) for part in heap]
