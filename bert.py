@@ -15,6 +15,16 @@ from torch import nn
 
 import fast
 
+SENTENCES = (  # of many kinds, for Int8Layer to see how large activations become
+    "昨天下午，市长王建国在南京会见了来访的法国汽车公司总裁皮埃尔·杜邦一行。",
+    "据新华社上海3月15日电（记者李娜）今年前两个月，全市进出口总额达2,368.5亿元，同比增长7.2%。",
+    "我觉得这部电影不太好看，情节拖沓，演员也没什么演技……你说呢？",
+    "求购：二手iPhone 13 Pro（256GB），北京海淀区可面交，价格不超过￥3000，联系微信：abc_123。",
+    "《红楼梦》第五回写道：“世事洞明皆学问，人情练达即文章。”",
+    "患者张某，男，62岁，因反复胸闷、气促两周入院，既往有高血压、2型糖尿病病史。",
+    "第十二条　合同当事人一方不履行义务的，应当承担继续履行、采取补救措施或者赔偿损失等责任；",
+    "晚上8:30，中国女排在东京以3∶1战胜巴西队，朱婷独得28分！",
+)
 FULL, MERGED = ("full", "bitfit", "freeze"), ("lora", "rslora")  # tunings whose weights are one plain BERT's
 
 
@@ -76,34 +86,81 @@ class Layer(nn.Module):
 
 
 class Int8(nn.Module):
-    """A linear layer in 8 bits, with a scale for each output of the weight and one for each row of the input.
-
-    One scale for a whole input would cost up to a point of F1 (a few tokens have values twenty times those of the
-    others) and make the tags of a sentence depend on its batch. After a GELU, below whose -0.17 nothing lies, most of
-    the range is left to what is positive.
-    """
+    """A linear layer that multiplies bytes: its input in levels of a step for each channel, its weight in 127 either way
+    of a scale for each output."""
 
     ROUND = 1.5 * 2**23  # added to a float32 it leaves no fraction, and the low byte counts in ones
 
-    def __init__(self, linear: nn.Linear, after_gelu: bool = False, dtype: torch.dtype = torch.float32):
+    def __init__(self, linear: nn.Linear, step: torch.Tensor | float, zero: int = 128):
+        """step: float32 [in], or one number for all; zero: the level of 0."""
         super().__init__()
-        weight = linear.weight.detach().float()
+        weight = linear.weight.detach().float() * step
         scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         packed = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
-        self.weight = packed, scale, torch.zeros(len(weight), dtype=torch.int32)
-        self.bias, self.after_gelu, self.dtype = linear.bias.detach().float(), after_gelu, dtype
+        self.weight = 1.0, zero, packed, scale, torch.zeros(len(weight), dtype=torch.int32)
+        self.bias, self.per_step, self.zero = linear.bias.detach().float(), 1 / step, zero
 
-    def forward(self, x):
-        """float32 [rows, in] -> dtype [rows, out]."""
-        high = x.amax(1, keepdim=True)
-        if self.after_gelu:
-            zero, step = 16, high.div_(255 - 16).clamp_(min=0.17 / 16)
-        else:
-            zero, step = 128, torch.maximum(high, -x.amin(1, keepdim=True)).div_(127).clamp_(min=1e-12)
-        levels = (x * step.reciprocal()).add_(self.ROUND + zero).view(torch.int32).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, zero, *self.weight, None, 1.0, 0, torch.float32,
-                                               "none", [], "")
-        return y.mul_(step).add_(self.bias).to(self.dtype)
+    @classmethod
+    def smoothed(cls, linear: nn.Linear, largest: torch.Tensor):
+        """With steps for inputs as large as `largest`, float32 [in]. Where these are far apart, some of that becomes the
+        weight's: SmoothQuant, Xiao et al. 2023, eq. 4 with alpha 0.7."""
+        largest = largest.clamp(min=float(largest.median()) / 10)
+        share = largest**0.7 / linear.weight.detach().abs().amax(0).clamp(min=1e-5) ** 0.3
+        return cls(linear, share * (largest / share).max() * Int8Layer.MARGIN / 127)
+
+    def levels(self, x):
+        """float32 [rows, in] -> uint8: the nearest level, which is the last one for all beyond it."""
+        x = (x * self.per_step).clamp_(-self.zero, 255 - self.zero)
+        return x.add_(self.ROUND + self.zero).view(torch.int32).to(torch.uint8)
+
+    def forward(self, levels, dtype=torch.float32):
+        """uint8 [rows, in] -> dtype [rows, out]."""
+        return torch.ops.onednn.qlinear_pointwise(levels, *self.weight, self.bias, 1.0, 0, dtype, "none", [], "")
+
+    def gelu(self, levels, step, zero):
+        """uint8 [rows, in] -> uint8 [rows, out]: the levels of the product's GELU, of this step and zero."""
+        return torch.ops.onednn.qlinear_pointwise(
+            levels, *self.weight, self.bias, step, zero, torch.uint8, "gelu", [], "none")  # fmt: skip
+
+    def add(self, levels, x):
+        """Adds the product of levels, uint8 [rows, in], to float32 x [rows, out]."""
+        return torch.ops.onednn.qlinear_pointwise.binary(
+            levels, *self.weight, x, self.bias, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")  # fmt: skip
+
+
+class Int8Layer(nn.Module):
+    """A Layer whose products are of bytes, with the steps that a few sentences call for.
+
+    The step of an input is the same for all texts, so that a product can end in the bytes that the next one takes. What
+    would stretch the steps are a few channels in which some tokens have values ten times those of all others: of
+    the inputs that a normalization leaves, Int8.smoothed takes care; of a GELU's outputs those stay in float32."""
+
+    MARGIN = 1.2  # a text may have values so much larger than those seen
+    ODD = 2  # times the 99th percentile of the largest values of a GELU's outputs
+    ZERO = 16  # the level of 0 after a GELU, below whose -0.17 nothing lies: most of the range is what is positive
+
+    def __init__(self, layer: Layer, largest: dict):
+        """largest: for each linear layer of `layer` the largest magnitude seen of each channel of its input."""
+        super().__init__()
+        up, inner = layer.up[0], largest[layer.down]
+        self.dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # of attention
+        self.qkv, self.out, self.up = (Int8.smoothed(linear, largest[linear]) for linear in (layer.qkv, layer.out, up))
+        odd = inner > self.ODD * inner.quantile(0.99)
+        self.odd = (up.weight[odd], up.bias[odd], layer.down.weight[:, odd].t().contiguous()) if odd.any() else None
+        self.step = max(float(inner[~odd].max()) * self.MARGIN / (255 - self.ZERO), 0.17 / self.ZERO)
+        even = _linear(layer.down.weight.masked_fill(odd, 0), layer.down.bias)
+        self.down = Int8(even, self.step, self.ZERO)
+        self.out_norm, self.norm = layer.out_norm, layer.norm
+
+    def forward(self, x, rows):
+        """x float32 [rows, hidden], which is overwritten."""
+        seen = fast.attend(self.qkv(self.qkv.levels(x), self.dtype), rows, 1.0)[0]
+        x = self.out_norm(self.out.add(self.out.levels(seen.float()), x))
+        inner = self.up.gelu(self.up.levels(x), self.step, self.ZERO)
+        if self.odd:
+            weight, bias, down = self.odd
+            x = x.addmm(nn.functional.gelu(nn.functional.linear(x, weight, bias)), down)
+        return self.norm(self.down.add(inner, x))
 
 
 class Bfloat16(nn.Module):
@@ -139,12 +196,24 @@ class Bert(nn.Module):
             x = layer(x, rows)
         return SimpleNamespace(logits=rows.unpack(self.classifier(x)))
 
-    def to_int8(self):
-        """Has the layers multiply in 8 bits where int8_is_native(); what else is float32 stays so."""
-        dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # of attention
+    def to_int8(self, sentences: list[list[int]]):
+        """Has the layers multiply in 8 bits where int8_is_native(), with the steps that these sentences, token ids, call
+        for; what else is float32 stays so."""
+        largest, hooks = {}, []
+
+        def look(linear, inputs):
+            found = inputs[0].abs().amax(0)
+            largest[linear] = torch.maximum(found, largest.get(linear, found))
+
         for layer in self.layers:
-            layer.qkv, layer.out, layer.up[0] = Int8(layer.qkv, dtype=dtype), Int8(layer.out), Int8(layer.up[0])
-            layer.down = Int8(layer.down, after_gelu=True)
+            hooks += [linear.register_forward_pre_hook(look) for linear in layer.modules() if type(linear) is nn.Linear]
+        with torch.no_grad():
+            for sentence in sentences:
+                ids = torch.tensor([sentence[:self.embeddings["position_embeddings"].num_embeddings]])
+                self(ids, torch.ones_like(ids))
+        for hook in hooks:
+            hook.remove()
+        self.layers = nn.ModuleList(Int8Layer(layer, largest) for layer in self.layers)
         fast.hold_memory()  # clearing new memory takes a third of the time
         return self
 

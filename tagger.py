@@ -11,7 +11,7 @@ import bert
 import fast
 import loader
 
-TOKENS = 1024  # of a batch on a CPU
+TOKENS, LEAST = 2048, 256  # of a batch on a CPU: at most; at least, unless all of them are fewer
 SENTENCES_AT_ONCE = 64  # batches' worth of sentences whose scores are held in memory together
 
 
@@ -23,7 +23,8 @@ def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
     dtype = fast.choose("auto" if precision == "int8" else precision, device)[0]
     found = bert.load(run) if torch.device(device).type == "cpu" else None
     if found and precision == "int8" and bert.int8_is_native():
-        found[0].to_int8()
+        model, tokenizer, meta = found
+        model.to_int8(tokenizer(bert.SENTENCES, add_special_tokens=meta["special_tokens"])["input_ids"])
     elif found and dtype == torch.bfloat16 and bert.bfloat16_is_native():
         found[0].to_bfloat16()
     else:
@@ -87,8 +88,12 @@ class Tagger:
         return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
 
     def _batches(self, windows: list[loader.Window], device: torch.device):
-        """Windows of like length together, longest first; on a CPU no more than its cache holds the activations of."""
-        return loader.batches(windows, self.batch_size, None, TOKENS if device.type == "cpu" else None)
+        """Windows of like length together, longest first; on a CPU two batches or more for each thread, where that does
+        not make them too small, and none much larger than its caches."""
+        if device.type != "cpu":
+            return loader.batches(windows, self.batch_size, None)
+        share = sum(len(window.ids) for window in windows) // (2 * torch.get_num_threads())
+        return loader.batches(windows, self.batch_size, None, min(TOKENS, max(LEAST, share)))
 
     def decoded(self, log_probs: list[np.ndarray]) -> list[tuple[list[str], np.ndarray]]:
         """Tags and the probability of each, float32 [n], by the run's way of decoding."""
