@@ -69,8 +69,8 @@ def load(run: str | Path | None = None, batch_size: int = 32, precision: str = "
     """Loads a run's model: a run folder, a model folder, or None for the newest finished run under output/.
 
     The GPU is taken where there is one. precision: as config.yaml calls it, by which runs are scored; or int8, which is
-    faster on CPUs that multiply bytes natively but not bfloat16 (where not even bytes, it is auto) and finds up to one
-    entity in twenty otherwise, at about the same F1. Raises UserError where there is no model or it is damaged.
+    faster on CPUs that multiply bytes natively (elsewhere it is auto) and finds up to one entity in twenty otherwise, at
+    about the same F1. Raises UserError where there is no model or it is damaged.
     """
     global _last
     folder = _folder(run)
@@ -240,7 +240,7 @@ def _arguments(argv):
     parser.add_argument("--run", metavar="DIR", help="a run's folder (default: the newest finished one under output/)")
     parser.add_argument("--batch_size", type=int, default=32, help="windows in a batch (default: 32)")
     parser.add_argument("--precision", choices=("int8", "auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="auto (default): as in training and scoring; int8: faster on CPUs without bfloat16, less exact")
+                        help="auto (default): as in training and scoring; int8: faster on most CPUs, less exact")
     options = parser.parse_args(argv)
     if options.texts and options.input:
         raise UserError("give texts or --input, not both")

@@ -1,6 +1,6 @@
 """The suite's training against transformers' Trainer + peft, on the same encoder, data and settings.
 
-    python benchmarks/train.py [--data FOLDER] [--epochs 3] [--tuning lora full] [--seeds 1] [--json FILE]
+    python benchmarks/train.py [--data FOLDER] [--sentences 1500] [--epochs 1] [--tuning lora full] [--seeds 1] [--json FILE]
 
 Each side trains in a process of its own, in turn, so that each has the machine and its peak memory to itself.
 The peer is written as the PEFT token-classification guide has it: DataCollatorForTokenClassification, the Trainer's
@@ -154,6 +154,18 @@ def again(what, tuning, seed, options, folder):
     return json.loads(file.read_text()), memory
 
 
+def sampled(source, sentences, seed, folder):
+    """Writes at most so many sentences of each file of `source` to a folder; returns it."""
+    import loader
+    if source == ROOT / "data/msra":
+        from data import msra
+        msra.ensure(say=print)
+    for part in ("train", "dev", "test"):
+        drawn = loader.sample(loader.read(str(source / part)).sentences, sentences, seed)
+        (folder / part).write_text("\n".join("".join(map("{} {}\n".format, s.chars, s.tags)) for s in drawn), "utf-8")
+    return folder
+
+
 def measure(command):
     """Runs a command quietly; returns its peak resident memory in MB. Raises SystemExit with its last words."""
     with tempfile.TemporaryFile() as log:
@@ -196,7 +208,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data/msra", help="folder with train, dev and test")
     parser.add_argument("--pretrained", default="data/encoder")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--sentences", type=int, default=1500, help="of each file, at most")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--tuning", nargs="*", choices=list(RATES), default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="the figures are means over these")
     parser.add_argument("--json", type=Path)
@@ -215,11 +228,12 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, reason = fast.choose("auto", device)
     weights = encoder_weights(options.pretrained)
-    result = {}
+    result, source = {}, options.data
     for tuning in options.tuning:
         peak, mine, other = 0, [], []
         for seed in options.seeds:
             with tempfile.TemporaryDirectory() as folder:
+                options.data = sampled(source, options.sentences, seed, Path(folder))
                 peak = max(peak, matrix_peak(dtype, device))
                 mine.append(ours(tuning, seed, options, folder))
                 peak = max(peak, matrix_peak(dtype, device))
@@ -241,7 +255,7 @@ def main():
             "step_peak_share": mine["step_tokens_per_second"] * operations / mine["step_peak"],
             "peak_mb": mine["peak_mb"], "peer_peak_mb": other["peak_mb"]}
     print(f"\n{device}, {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')} ({reason}), "
-          f"{options.epochs} epochs of {options.data}, seeds {options.seeds}")
+          f"{options.epochs} epochs of {source}, at most {options.sentences} sentences, seeds {options.seeds}")
     print(f"{'':24}" + "".join(f"{tuning:>12}" for tuning in result))
     for key in next(iter(result.values()), {}):
         print(f"{key:24}" + "".join(f"{row[key]:12.3f}" if row[key] < 100 else f"{row[key]:12.0f}"
