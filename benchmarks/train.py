@@ -155,13 +155,13 @@ def again(what, tuning, seed, options, folder):
 
 
 def sampled(source, sentences, seed, folder):
-    """Writes at most so many sentences of each file of `source` to a folder; returns it."""
+    """Writes at most so many sentences of train, and a third of that of dev and test, to a folder; returns it."""
     import loader
     if source == ROOT / "data/msra":
         from data import msra
         msra.ensure(say=print)
-    for part in ("train", "dev", "test"):
-        drawn = loader.sample(loader.read(str(source / part)).sentences, sentences, seed)
+    for part, most in {"train": sentences, "dev": sentences // 3, "test": sentences // 3}.items():
+        drawn = loader.sample(loader.read(str(source / part)).sentences, most, seed)
         (folder / part).write_text("\n".join("".join(map("{} {}\n".format, s.chars, s.tags)) for s in drawn), "utf-8")
     return folder
 
@@ -208,7 +208,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data/msra", help="folder with train, dev and test")
     parser.add_argument("--pretrained", default="data/encoder")
-    parser.add_argument("--sentences", type=int, default=1500, help="of each file, at most")
+    parser.add_argument("--sentences", type=int, default=1500, help="of train, at most; of dev and test a third")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--tuning", nargs="*", choices=list(RATES), default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="the figures are means over these")
