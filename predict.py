@@ -68,9 +68,10 @@ class Predictor:
 def load(run: str | Path | None = None, batch_size: int = 32, precision: str = "auto") -> Predictor:
     """Loads a run's model: a run folder, a model folder, or None for the newest finished run under output/.
 
-    The GPU is taken where there is one. precision: as config.yaml calls it, by which runs are scored; or int8, which is
-    faster on CPUs that multiply bytes natively (elsewhere it is auto) and finds up to one entity in twenty otherwise, at
-    about the same F1. Raises UserError where there is no model or it is damaged.
+    The GPU is taken where there is one. precision: as config.yaml calls it, by which runs are scored; or int8. On CPUs that
+    multiply bytes natively auto takes 8-bit products, and tags anew in its other type what these leave in doubt; int8 does
+    not: it is somewhat faster and finds up to one entity in twenty otherwise, at about the same F1. Raises UserError where
+    there is no model or it is damaged.
     """
     global _last
     folder = _folder(run)
@@ -240,7 +241,7 @@ def _arguments(argv):
     parser.add_argument("--run", metavar="DIR", help="a run's folder (default: the newest finished one under output/)")
     parser.add_argument("--batch_size", type=int, default=32, help="windows in a batch (default: 32)")
     parser.add_argument("--precision", choices=("int8", "auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="auto (default): as in training and scoring; int8: faster on most CPUs, less exact")
+                        help="auto (default): as a run is scored; int8: somewhat faster on most CPUs, less exact")
     options = parser.parse_args(argv)
     if options.texts and options.input:
         raise UserError("give texts or --input, not both")

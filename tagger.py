@@ -1,6 +1,7 @@
 """Sentences in, tags out: windows through the model and back, in batches that suit tagging."""
 
 import contextlib
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,28 +13,33 @@ import fast
 import loader
 
 TOKENS, LEAST = 2048, 256  # of a batch on a CPU: at most; at least, unless all of them are fewer
+LEAD = 2  # times the error of an 8-bit model: by less than that a tag may lead the next best by chance
 SENTENCES_AT_ONCE = 64  # batches' worth of sentences whose scores are held in memory together
 
 
 def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
     """(model, tokenizer, meta) of a run or model folder, on `device` and ready to tag. Raises UserError.
 
-    precision: as config.yaml calls it, or "int8": 8-bit products where the CPU and bert.py have them, else "auto".
+    precision: as config.yaml calls it, or "int8". With "int8" the model has 8-bit products where the CPU and bert.py have
+    them, and so it does with "auto", but there `model.exact` computes in the type that auto is elsewhere: by that are
+    tagged anew the windows of which the 8-bit model is not sure.
     """
     dtype = fast.choose("auto" if precision == "int8" else precision, device)[0]
     found = bert.load(run) if torch.device(device).type == "cpu" else None
-    if found and precision == "int8" and bert.int8_is_native():
-        model, tokenizer, meta = found
-        model.to_int8(tokenizer(bert.SENTENCES, add_special_tokens=meta["special_tokens"])["input_ids"])
-    elif found and dtype == torch.bfloat16 and bert.bfloat16_is_native():
-        found[0].to_bfloat16()
-    else:
-        if found is None:
-            import model as models
+    if found is None:
+        import model as models
 
-            found = models.load(run, device, attention=fast.attention(device))
-        fast.prepare(found[0], dtype, device)
-    return found
+        model, tokenizer, meta = models.load(run, device, attention=fast.attention(device))
+        fast.prepare(model, dtype, device)
+        return model, tokenizer, meta
+    model, tokenizer, meta = found
+    fast.hold_memory()  # clearing new memory took a third of the time
+    if precision not in {"auto", "int8"} or not bert.int8_is_native():
+        return model.to_type(dtype), tokenizer, meta
+    quick = copy.deepcopy(model).to_int8(tokenizer(bert.SENTENCES, add_special_tokens=meta["special_tokens"])["input_ids"])
+    if precision == "auto":
+        quick.exact = model.to_type(dtype)
+    return quick, tokenizer, meta
 
 
 @contextlib.contextmanager
@@ -57,6 +63,7 @@ class Tagger:
         self.model, self.labels, self.decode, self.batch_size = model, meta["labels"], meta["decode"], batch_size
         self.units = loader.Units(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
         self.pad_id, self.unit = tokenizer.pad_token_id or 0, meta["unit"]
+        self.exact = getattr(model, "exact", None)
 
     @classmethod
     def of(cls, run: Path, device="cpu", precision: str = "auto", batch_size: int = 32) -> "Tagger":
@@ -70,22 +77,30 @@ class Tagger:
         was_training = self.model.training
         self.model.eval()
         try:
-            batches = self._batches(self.units.windows(sentences), device)
+            unsure = self.units.windows(sentences)
             with workers(device) as each:
-                for batch, scores in each(lambda batch: (batch, self._scores(batch, device)), batches):
-                    loader.stitch(batch, scores, out)
+                for model in filter(None, (self.model, self.exact)):
+                    scored = each(lambda batch: self._scores(model, batch, device), self._batches(unsure, device))
+                    unsure = []
+                    for batch, scores, rows in scored:
+                        loader.stitch(batch, scores, out)
+                        unsure += [batch[row] for row in rows]
         finally:
             self.model.train(was_training)
         empty = np.zeros((0, len(self.labels)), np.float32)
         return [out.get(index, empty) for index in range(len(sentences))]
 
     @torch.no_grad()
-    def _scores(self, batch: list[loader.Window], device: torch.device) -> np.ndarray:
-        """Log-probabilities, float32 [B, L, labels], of a batch."""
+    def _scores(self, model, batch: list[loader.Window], device: torch.device) -> tuple:
+        """(batch, log-probabilities of it, float32 [B, L, labels], rows of it of which the model is not sure)."""
         inputs = loader.collate(batch, self.pad_id, None)
-        logits = self.model(input_ids=inputs["input_ids"].to(device),
-                            attention_mask=inputs["attention_mask"].to(device)).logits  # fmt: skip
-        return torch.log_softmax(logits.float(), dim=-1).cpu().numpy()
+        logits = model(input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device)).logits
+        scores, unsure = torch.log_softmax(logits.float(), dim=-1).cpu().numpy(), []
+        if self.exact and model is self.model:
+            best = np.partition(scores, -2, axis=-1)
+            sure = best[..., -1] - best[..., -2] > LEAD * model.error
+            unsure = [row for row, window in enumerate(batch) if not sure[row, window.first].all()]
+        return batch, scores, unsure
 
     def _batches(self, windows: list[loader.Window], device: torch.device):
         """Windows of like length together, longest first; on a CPU two batches or more for each thread, where that does
