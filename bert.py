@@ -184,7 +184,9 @@ class Bfloat16(nn.Module):
 
 
 class Bert(nn.Module):
-    """BertForTokenClassification's logits, without padding's; inference on a CPU only."""
+    """BertForTokenClassification's logits, without padding's; inference on a CPU only.
+
+    `exact`, where there is one, is the same model in a more exact type, for what an 8-bit one is not sure of."""
 
     ROUND = 16  # rows
     BEYOND = 1.1  # in 8 bits, how far a range goes on the way from one end of the numbers seen to the other
