@@ -69,7 +69,7 @@ def load(run: str | Path | None = None, batch_size: int = 32, precision: str = "
     """Loads a run's model: a run folder, a model folder, or None for the newest finished run under output/.
 
     The GPU is taken where there is one. precision: as config.yaml calls it, by which runs are scored; or int8. On CPUs that
-    multiply bytes natively auto takes 8-bit products, and tags anew in its other type what these leave in doubt; int8 does
+    multiply bytes natively auto takes 8-bit products, and tags again in its other type what these leave in doubt; int8 does
     not: it is somewhat faster and finds up to one entity in twenty otherwise, at about the same F1. Raises UserError where
     there is no model or it is damaged.
     """

