@@ -15,11 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
-import config as settings
-import evaluate
-import folder
-from errors import UserError, command
+from ner import checkpoint
+from ner import config as settings
+from ner import scores as scoring
+from ner import files
+from ner import run as folder
+from ner.errors import UserError, command
 
 log = logging.getLogger("__main__")
 
@@ -27,7 +28,7 @@ log = logging.getLogger("__main__")
 @command
 def main(argv: list[str] | None = None) -> None:
     config, flags = settings.load(argv)  # before torch is imported: a wrong key is answered at once
-    import parallel
+    from ner import distributed as parallel
 
     devices = parallel.start(config)
     run = Path(flags.resume) if flags.resume else None
@@ -48,28 +49,30 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     """From the encoder to the last epoch. Leaves the best epoch in run/model."""
     import torch
 
-    import fast
-    import loader
-    import model as models
-    from parallel import add_gradients, after_step
-    from tagger import Tagger
+    from ner import kernels as fast
+    from ner.optimizer import Optimizer
+    from ner import batches
+    from ner import model as models
+    from ner.corpus import label_list
+    from ner.distributed import add_gradients, after_step
+    from ner.tagging import Tagger
 
     # What is trained
-    device, labels = devices.device, loader.label_list(corpus.sentences)
+    device, labels = devices.device, label_list(corpus.sentences)
     dtype, reason = fast.choose(config.precision, device)
     log.info("device %s, %d process(es), %d thread(s)", device, devices.num_processes, torch.get_num_threads())
     log.info("precision %s: %s", str(dtype).removeprefix("torch."), reason)
     if warning := settings.rate_warning(config):
         log.warning("%s", warning)
     if devices.is_main_process:
-        folder.write(run / "config.yaml", settings.dump(config))
-        folder.write(run / "environment.json", json.dumps(folder.environment(devices, dtype), indent=1) + "\n")
+        files.write(run / "config.yaml", settings.dump(config))
+        files.write(run / "environment.json", json.dumps(folder.environment(devices, dtype), indent=1) + "\n")
     torch.manual_seed(config.seed)  # new weights are drawn from it
     model, tokenizer, meta = models.build(config, labels, corpus.unit, fast.attention(device))
     log.info("labels: %s", " ".join(labels))
     log.info("%s", models.trainable_line(model))
     fast.prepare(model, dtype, device)
-    optimizer = fast.Optimizer(model, config.learning_rate, config.weight_decay, config.averaging,
+    optimizer = Optimizer(model, config.learning_rate, config.weight_decay, config.averaging,
                                models.head_weights(model), config.head_factor)  # fmt: skip
     tagger = Tagger(model, tokenizer, meta)
 
@@ -101,7 +104,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
         try:
             while at.epoch < config.epochs:
                 log.info("epoch %d begin", at.epoch + 1)
-                order = loader.batches(windows, size, seed=checkpoint.seed_of(config.seed, at.epoch))
+                order = batches.batches(windows, size, seed=checkpoint.seed_of(config.seed, at.epoch))
                 bar.reset()
                 bar.update(at.step)
                 model.train()
@@ -129,7 +132,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
                 log.info("epoch average loss: %f", at.loss / at.units)
                 log.info("开始测试第%d轮模型效果：", at.epoch + 1)
                 with optimizer.using(optimizer.scored):
-                    scores, predicted, dev_loss = evaluate.score_sentences(tagger, dev, devices)
+                    scores, predicted, dev_loss = scoring.score_sentences(tagger, dev, devices)
                 log_scores(scores)
                 with stop.patiently():
                     line, is_best = at.end_epoch(scores, dev_loss, rate_at(at.epoch * steps + steps - 1))
@@ -155,7 +158,8 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
 
 def read_data(config, devices) -> tuple:
     """The corpus to train on, dev and test sentences (None: no test); logs what is in them and what is odd about it."""
-    import loader
+    from ner import formats, survey
+    from ner.corpus import sample
 
     paths = {part: path for part in ("train", "dev", "test") if (path := getattr(config, part))}
     if any(path.startswith("data/msra/") and not settings.resolve_path(path) for path in paths.values()):
@@ -165,21 +169,21 @@ def read_data(config, devices) -> tuple:
             msra.ensure(say=lambda line: log.info("%s", line))
     corpora = {}
     for part, path in paths.items():
-        corpora[part] = loader.read(path if path.startswith("hub:") else settings.resolve_path(path) or path, part)
+        corpora[part] = formats.read(path if path.startswith("hub:") else settings.resolve_path(path) or path, part)
         log.info("%s: %s", part, corpora[part].describe())
     corpus = corpora.pop("train")
-    kept = loader.sample(corpus.sentences, config.max_train_sentences, config.seed)
+    kept = sample(corpus.sentences, config.max_train_sentences, config.seed)
     if len(kept) < len(corpus.sentences):
         log.info("train: %d of these sentences, a sample by the seed", len(kept))
     if "dev" not in corpora:
-        held_out = loader.sample(kept, max(1, len(kept) // 20), config.seed)
+        held_out = sample(kept, max(1, len(kept) // 20), config.seed)
         theirs = set(map(id, held_out))
         kept = [sentence for sentence in kept if id(sentence) not in theirs] or kept
         log.info("dev: no file, so 5%% of train, %d sentences, are held out by the seed", len(held_out))
         corpora["dev"] = dataclasses.replace(corpus, path="the held-out sentences", sentences=held_out)
     corpus = dataclasses.replace(corpus, sentences=kept)
     for other in (corpus, *corpora.values()):
-        for warning in other.warnings() + (loader.compare(corpus, other) if other is not corpus else []):
+        for warning in other.warnings() + (survey.compare(corpus, other) if other is not corpus else []):
             log.warning("%s", warning)
     return corpus, corpora["dev"].sentences, corpora["test"].sentences if "test" in corpora else None
 
@@ -221,23 +225,23 @@ def progress_bar(steps: int, shown: bool):
 
 def finish(config, run: Path, devices, test: list | None, hub: str | None) -> None:
     """Scores the best epoch on test as it was saved, and writes what the other commands read."""
-    from tagger import Tagger
+    from ner.tagging import Tagger
 
     devices.wait_for_everyone()
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     best = max(history, key=lambda line: line["dev"]["micro"]["f1"])["epoch"]
-    files = {"finished.json": [{"best_epoch": best, "epochs": len(history)}]}
+    written = {"finished.json": [{"best_epoch": best, "epochs": len(history)}]}
     if test is not None:
         log.info("开始测试第%d轮模型在测试集上的效果：", best)
-        scores, predicted, _ = evaluate.score_sentences(Tagger.of(run, devices.device, config.precision), test, devices)
+        scores, predicted, _ = scoring.score_sentences(Tagger.of(run, devices.device, config.precision), test, devices)
         log_scores(scores)
         rows = [{"chars": s.chars, "gold": s.tags, "predicted": tags} for s, tags in zip(test, predicted)]
-        files = {"predictions.jsonl": rows, "test.json": [scores]} | files
+        written = {"predictions.jsonl": rows, "test.json": [scores]} | written
     if devices.is_main_process:
-        for name, rows in files.items():
-            folder.write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        import export
-        import report
+        for name, rows in written.items():
+            files.write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        from ner import export
+        from ner import report
 
         for what, write in {"report": report.write, "model card": export.write_card}.items():
             try:

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError, command
+from ner.errors import UserError, command
 
 CHUNK_TEXTS, CHUNK_CHARACTERS = 2048, 65536  # a chunk ends with the text that reaches either
 COLOURS = (117, 216, 120, 183, 222, 211, 123, 153, 187, 225)  # of 256; all light, so that black text is read on them
@@ -44,7 +44,7 @@ class Predictor:
     """A loaded model, ready for texts. `types`: what it can find, sorted."""
 
     def __init__(self, model, tokenizer, meta: dict, batch_size: int = 32):
-        from tagger import Tagger
+        from ner.tagging import Tagger
 
         self.unit = meta["unit"]
         self.types = sorted({label[2:] for label in meta["labels"] if label != "O"})
@@ -52,7 +52,7 @@ class Predictor:
 
     def predict(self, texts: list[str]) -> list[list[Entity]]:
         """The entities of each text, in order of their offsets. Texts may be empty and of any length."""
-        from loader import text_units
+        from ner.windows import text_units
 
         if isinstance(texts, str):
             raise TypeError("predict() takes a list of texts; for one text give [text]")
@@ -77,7 +77,7 @@ def load(run: str | Path | None = None, batch_size: int = 32, precision: str = "
     folder = _folder(run)
     import torch
 
-    import tagger
+    from ner import tagging as tagger
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     _last = Predictor(*tagger.load(folder, device, precision), batch_size)
@@ -91,9 +91,9 @@ def predict(texts: list[str]) -> list[list[Entity]]:
 
 def _folder(run) -> Path:
     if run is None:
-        import evaluate
+        from ner import scores as scoring
 
-        run = evaluate.newest_run()
+        run = scoring.newest_run()
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a run, such as output/20240506-104917, or its model folder")
@@ -102,7 +102,7 @@ def _folder(run) -> Path:
 
 def _entities(text: str, units: list[tuple], tags: list[str], scores) -> list[Entity]:
     """Entities of one text; white space at the ends of one is not part of it."""
-    from loader import spans
+    from ner.decoding import spans
 
     entities = []
     for name, first, last in spans(tags):
@@ -129,7 +129,7 @@ def as_bio(text: str, entities: list[Entity], unit: str = "character") -> str:
 
     White space and the byte-order mark are no tokens of that format: they are left out.
     """
-    from loader import text_units
+    from ner.windows import text_units
 
     lines, rest = [], iter(entities)
     entity, inside = next(rest, None), False
@@ -145,7 +145,7 @@ def as_bio(text: str, entities: list[Entity], unit: str = "character") -> str:
 
 def as_html(text: str, entities: list[Entity], types: list[str] = ()) -> str:
     """The text as a paragraph with its entities marked; everything escaped."""
-    import report
+    from ner import report
 
     marked = [(e.type, e.start, e.end, None) for e in entities]
     parts = report.segments(text, marked, whole=True)
@@ -157,7 +157,7 @@ def as_text(text: str, entities: list[Entity], types: list[str] = (), colour: bo
 
     Control characters become pictures, so that no text can command the terminal. title: False leaves a plain text out.
     """
-    from report import visible
+    from ner.report import visible
 
     marked, at = [], 0
     for e in entities if colour else ():
@@ -174,7 +174,7 @@ def _format(name: str, predictor: Predictor, colour: bool, several: bool):
     """(head, record, tail) of a format: a text before, a function (text, entities) -> str, a text after."""
     types = predictor.types
     if name == "html":
-        import report
+        from ner import report
 
         page = report.templates()
         head = str(page.head("Entities")).lstrip() + str(page.legend(report.hues(types)))

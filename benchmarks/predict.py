@@ -44,19 +44,19 @@ def main():
     import torch
     from transformers import pipeline
 
-    import evaluate
-    import export
-    import loader
+    from ner import scores as scoring
+    from ner import export
+    from ner import formats
     import predict
-    run = options.run or str(evaluate.newest_run())
-    sentences = loader.read(options.data).sentences[:1000]
+    run = options.run or str(scoring.newest_run())
+    sentences = formats.read(options.data).sentences[:1000]
     texts = ["".join(s.chars) for s in sentences[:options.sentences]]
     characters = sum(map(len, texts))
 
     f1, taggers = {}, {}
     for precision in ("fp32", "int8", "auto"):
         taggers[precision] = predict.load(run, precision=precision)
-        f1[f"f1_{precision}"] = evaluate.score_sentences(taggers[precision].tagger, sentences)[0]["micro"]["f1"]
+        f1[f"f1_{precision}"] = scoring.score_sentences(taggers[precision].tagger, sentences)[0]["micro"]["f1"]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder) / "merged"
         export.merge(run, folder)

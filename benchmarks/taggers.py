@@ -44,14 +44,14 @@ def cutword(texts):
 
 
 def main():
-    import evaluate
-    import loader
+    from ner import scores as scoring
+    from ner import formats
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "data/msra/test")], help="labelled files")
     options = parser.parse_args()
     print("| tagger | file | micro-F1 | macro-F1 | by type |\n|---|---|---|---|---|")
     for path in options.data:
-        sentences = loader.read(path).sentences
+        sentences = formats.read(path).sentences
         texts = ["".join(s.chars) for s in sentences]
         gold = [[tag if tag == "O" else tag[:2] + TYPES.get(tag[2:], tag[2:]) for tag in s.tags] for s in sentences]
         wanted = {tag[2:] for tags in gold for tag in tags if tag != "O"}
@@ -63,7 +63,7 @@ def main():
                     if kind in wanted:
                         tags[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - start - 1)
                 predicted.append(tags)
-            scores = evaluate.score(gold, predicted)
+            scores = scoring.score(gold, predicted)
             types = ", ".join(f"{name} {row['f1']:.3f}" for name, row in scores["types"].items())
             print(f"| {tagger.__name__} | {path} | {scores['micro']['f1']:.4f} | {scores['macro']['f1']:.4f} | {types} |")
 

@@ -21,7 +21,7 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import config  # noqa: E402
+from ner import config  # noqa: E402
 
 LORA = {"r": 16, "alpha": 32}
 RATES = {tuning: config.DEFAULT_RATES[tuning] for tuning in ("lora", "full")}
@@ -36,11 +36,12 @@ def peer(options):
         AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer, TrainingArguments,
         set_seed)
 
-    import evaluate
-    import loader
+    from ner import scores as scoring
+    from ner import formats
+    from ner.corpus import label_list
     set_seed(options.seeds[0])
-    train, test = (loader.read(str(options.data / name)) for name in ("train", "test"))
-    labels = loader.label_list(train)
+    train, test = (formats.read(str(options.data / name)) for name in ("train", "test"))
+    labels = label_list(train)
     number = {label: i for i, label in enumerate(labels)}
     encoder = config.resolve_path(options.pretrained)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -76,7 +77,7 @@ def peer(options):
     for sentence, item, score in zip(test.sentences, test_set, scores, strict=True):
         tags = [labels[i] for i, label in zip(score.argmax(-1), item["labels"], strict=False) if label != -100]
         predicted.append(tags + ["O"] * (len(sentence.tags) - len(tags)))  # truncated, as the guide does
-    f1 = evaluate.score([s.tags for s in test.sentences], predicted)["micro"]["f1"]
+    f1 = scoring.score([s.tags for s in test.sentences], predicted)["micro"]["f1"]
     tokens = options.epochs * sum(len(item["input_ids"]) for item in train_set)
     options.json.write_text(json.dumps({"tokens_per_second": tokens / seconds, "seconds_per_epoch":
                                         seconds / options.epochs, "f1": f1}))
@@ -95,25 +96,27 @@ def steps(options):
     """Times single steps of main.py's loop; writes tokens a second and the peak measured meanwhile to options.json."""
     import torch
 
-    import checkpoint
-    import fast
-    import loader
-    import model as models
-    import parallel
-    from tagger import Tagger
+    from ner import checkpoint
+    from ner import kernels as fast
+    from ner.optimizer import Optimizer
+    from ner import batches, formats
+    from ner.corpus import label_list
+    from ner import model as models
+    from ner import distributed as parallel
+    from ner.tagging import Tagger
     settings, _ = config.load(arguments(options.steps, options.seeds[0], options))
-    devices, corpus = parallel.start(settings), loader.read(settings.train)
-    device, labels = devices.device, loader.label_list(corpus.sentences)
+    devices, corpus = parallel.start(settings), formats.read(settings.train)
+    device, labels = devices.device, label_list(corpus.sentences)
     dtype, _ = fast.choose(settings.precision, device)
     torch.manual_seed(settings.seed)
     model, tokenizer, meta = models.build(settings, labels, corpus.unit, fast.attention(device))
     fast.prepare(model, dtype, device)
-    optimizer = fast.Optimizer(model, settings.learning_rate, settings.weight_decay, settings.averaging,
+    optimizer = Optimizer(model, settings.learning_rate, settings.weight_decay, settings.averaging,
                                models.head_weights(model), settings.head_factor)
     number = {label: index for index, label in enumerate(labels)}
     gold = [[number[tag] for tag in sentence.tags] for sentence in corpus.sentences]
     windows = Tagger(model, tokenizer, meta).units.windows([sentence.chars for sentence in corpus.sentences])
-    order = loader.batches(windows, BATCH, seed=settings.seed)
+    order = batches.batches(windows, BATCH, seed=settings.seed)
     at, done, tokens, seconds, peak = checkpoint.Progress(micro_batch=BATCH), 0, 0, 0.0, 0.0
     model.train()
     for batch in order[::max(1, len(order) // 10)][:10]:
@@ -156,12 +159,13 @@ def again(what, tuning, seed, options, folder):
 
 def sampled(source, sentences, seed, folder):
     """Writes at most so many sentences of train, and a third of that of dev and test, to a folder; returns it."""
-    import loader
+    from ner import formats
+    from ner.corpus import sample
     from data import msra
     if source == ROOT / "data/msra":
         msra.ensure(say=print)
     for part, most in {"train": sentences, "dev": sentences // 3, "test": sentences // 3}.items():
-        msra.write(folder / part, loader.sample(loader.read(str(source / part)).sentences, most, seed))
+        msra.write(folder / part, sample(formats.read(str(source / part)).sentences, most, seed))
     return folder
 
 
@@ -223,7 +227,7 @@ def main():
 
     import torch
 
-    import fast
+    from ner import kernels as fast
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, reason = fast.choose("auto", device)
     weights = encoder_weights(options.pretrained)

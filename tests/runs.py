@@ -15,8 +15,8 @@ from pathlib import Path
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "model", "tagger", "parallel", "fast", "report",
-           "export", "seqeval.metrics.v1", "seqeval.scheme", "tqdm.contrib.logging"]  # fmt: skip
+IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "ner.model", "ner.tagging", "ner.distributed", "ner.kernels", "ner.report",
+           "ner.export", "seqeval.metrics.v1", "seqeval.scheme", "tqdm.contrib.logging"]  # fmt: skip
 
 
 @functools.cache

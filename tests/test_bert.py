@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
-import bert
-import config
-import model
+from ner import bert
+from ner import config
+from ner import model
 import predict
-import tagger
+from ner import tagging as tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TEXTS = ["1998年3月，江泽民在北京会见了比尔·盖茨。", "上海", "\u3000 \u200b😀e\u0301[SEP]"]

@@ -15,8 +15,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import config
-from errors import UserError
+from ner import config
+from ner.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "400"))
 YAML = (config.ROOT / "config.yaml").read_text("utf-8")
@@ -47,7 +47,7 @@ def test_every_line_of_config_yaml_has_a_comment():
 
 
 def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_torch():
-    code = ("import sys, config\ntry: config.load(['--help'])\n"
+    code = ("import sys; from ner import config\ntry: config.load(['--help'])\n"
             "finally: print('LOADED', [name for name in ('torch', 'transformers', 'peft') if name in sys.modules])")
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)

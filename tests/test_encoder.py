@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-import config
-import loader
+from ner import config
+from ner import formats
 
 FOLDER = config.ROOT / "data/encoder"
 NER_DATA = config.ROOT.parent / "shared/ner_data"
@@ -49,7 +49,7 @@ def test_one_token_a_character_with_exact_offsets(tokenizer, text):
 @pytest.mark.skipif(not NER_DATA.exists(), reason="the real corpus (../shared/ner_data) is not here")
 def test_real_sentences_are_learned_and_found(tmp_path):
     """150 real sentences, three epochs on the default encoder: far from its best, and far from nothing."""
-    corpus = loader.read(str(NER_DATA / "train")).sentences
+    corpus = formats.read(str(NER_DATA / "train")).sentences
     for name, part in {"train": corpus[:150], "dev": corpus[150:190]}.items():
         lines = ["".join(f"{c} {t}\n" for c, t in zip(s.chars, s.tags, strict=True)) for s in part]
         (tmp_path / name).write_text("\n".join(lines), "utf-8")

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-import loader
+from ner import scores as scoring
+from ner import decoding
 import main
 
 TYPES = ("PER", "LOC", "ORG")
@@ -28,7 +29,7 @@ def tags(*spans, length=10):
 
 def test_an_entity_counts_when_type_start_and_end_are_right():
     gold = [tags(("PER", 0, 3), ("LOC", 5, 7)), tags(("PER", 2, 4))]
-    scores = evaluate.score(gold, [tags(("PER", 0, 3), ("LOC", 5, 8)), tags(("LOC", 2, 4))])
+    scores = scoring.score(gold, [tags(("PER", 0, 3), ("LOC", 5, 8)), tags(("LOC", 2, 4))])
     assert scores["types"]["PER"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2}
     assert scores["types"]["LOC"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
     assert scores["micro"] == {
@@ -43,26 +44,26 @@ def test_an_entity_counts_when_type_start_and_end_are_right():
 
 
 def test_a_single_character_entity_counts():
-    scores = evaluate.score([tags(("LOC", 0, 1), ("LOC", 9, 10))], [tags(("LOC", 0, 1), ("LOC", 9, 10))])
+    scores = scoring.score([tags(("LOC", 0, 1), ("LOC", 9, 10))], [tags(("LOC", 0, 1), ("LOC", 9, 10))])
     assert scores["micro"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 2}
 
 
 def test_an_orphan_is_no_entity():
-    scores = evaluate.score([["B-PER", "I-PER"], ["O", "O"]], [["I-PER", "I-PER"], ["O", "I-LOC"]])
+    scores = scoring.score([["B-PER", "I-PER"], ["O", "O"]], [["I-PER", "I-PER"], ["O", "I-LOC"]])
     assert scores["micro"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
     assert list(scores["types"]) == ["PER"]
 
 
 @pytest.mark.parametrize("gold", [[], [[]], [["O", "O"]]])
 def test_without_entities_all_is_zero_and_the_shape_stays(gold):
-    scores = evaluate.score(gold, gold)
+    scores = scoring.score(gold, gold)
     none = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     assert (scores["micro"], scores["macro"], scores["weighted"], scores["types"]) == (none, none, none, {})
 
 
 def test_other_lengths_are_refused():
     with pytest.raises(ValueError):
-        evaluate.score([["O", "O"]], [["O"]])
+        scoring.score([["O", "O"]], [["O"]])
 
 
 SPANS = st.lists(st.tuples(st.sampled_from(TYPES), st.integers(0, 3), st.integers(1, 4)), max_size=5)
@@ -85,10 +86,10 @@ def corpora(draw):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(corpora())
 def test_scores_equal_a_count_by_hand(pairs):
-    scores = evaluate.score([gold for gold, _ in pairs], [predicted for _, predicted in pairs])
+    scores = scoring.score([gold for gold, _ in pairs], [predicted for _, predicted in pairs])
     counts = {}
     for gold, predicted in pairs:
-        gold, predicted = set(loader.spans(gold)), set(loader.spans(predicted))
+        gold, predicted = set(decoding.spans(gold)), set(decoding.spans(predicted))
         for span in gold | predicted:
             row = counts.setdefault(span[0], [0, 0, 0])
             row[0] += span in gold and span in predicted
@@ -133,16 +134,16 @@ def finished(output, name, marks, when):
 
 def test_the_newest_finished_run_is_found_by_its_scores_not_its_name(tmp_path):
     with pytest.raises(evaluate.UserError, match="no finished run"):
-        evaluate.newest_run(tmp_path)
+        scoring.newest_run(tmp_path)
     only = finished(tmp_path, "only-a-model", ["model/ner.json"], 5000)
-    assert evaluate.newest_run(tmp_path) == only
+    assert scoring.newest_run(tmp_path) == only
     finished(tmp_path, "z", ["test.json"], 1000)
     newest = finished(tmp_path, "a", ["test.json", "finished.json"], 2000)
     finished(tmp_path, "without-a-model", ["test.json"], 9000)
     shutil.rmtree(tmp_path / "without-a-model" / "model")
-    assert evaluate.newest_run(tmp_path) == newest
+    assert scoring.newest_run(tmp_path) == newest
     untested = finished(tmp_path, "b", ["finished.json"], 3000)
-    assert evaluate.newest_run(tmp_path) == untested
+    assert scoring.newest_run(tmp_path) == untested
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import tiny
 import torch
 import yaml
 
-import config
-import export
-import loader
-import model
+from ner import config
+from ner import export
+from ner import formats
+from ner import model
 import predict
-from errors import UserError
+from ner.errors import UserError
 
 COMMIT = "a" * 40
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
@@ -113,7 +113,7 @@ def test_the_pipeline_on_a_merged_folder_finds_what_predict_finds(tmp_path, spec
     tiny.encoder(tmp_path / "encoder", AutoTokenizer.from_pretrained(source))  # the real tokenizer, a fast network
     made = run_of(tmp_path / "run", tmp_path / "encoder", "--special_tokens", special)
     export.merge(made, tmp_path / "merged")
-    sentences = [sentence.chars for sentence in loader.read(str(NER_DATA)).sentences if len(sentence.chars) <= 60]
+    sentences = [sentence.chars for sentence in formats.read(str(NER_DATA)).sentences if len(sentence.chars) <= 60]
     texts = ["".join(chars) for chars in sentences][:500]
     assert len(texts) == 500
     wanted = tagged(made / "model", texts)
@@ -310,7 +310,8 @@ def test_an_adapter_of_a_local_encoder_goes_up_merged_and_comes_down_by_name(run
     assert plain(tagged(down, TEXTS)) == plain(wanted)
     # as an encoder for the next one, by its name: from the hub, then from its cache with no hub at all
     code = """
-import os, sys, config, model
+import os, sys
+from ner import config, model
 made = config.load(["--pretrained", "me/it"])[0]
 for endpoint in (os.environ["HF_ENDPOINT"], "http://127.0.0.1:9"):
     from huggingface_hub import constants

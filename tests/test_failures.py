@@ -16,11 +16,11 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import evaluate
-import folder
+from ner import checkpoint
+from ner import scores as scoring
+from ner import run as folder
 import main
-import model as models
+from ner import model as models
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def log(run) -> str:
 def graded(monkeypatch):
     """Dev scores as if the second epoch were the best of four."""
 
-    grades, real = [], evaluate.score_sentences
+    grades, real = [], scoring.score_sentences
 
     def score_sentences(tagger, sentences, devices=None):
         scores, predicted, loss = real(tagger, sentences, devices)
@@ -78,7 +78,7 @@ def graded(monkeypatch):
             scores["micro"]["f1"] = (0.1, 0.9, 0.5, 0.4)[(len(grades) - 1) % 4]
         return scores, predicted, loss
 
-    monkeypatch.setattr(evaluate, "score_sentences", score_sentences)
+    monkeypatch.setattr(scoring, "score_sentences", score_sentences)
 
 
 @pytest.mark.parametrize(("where", "name"), [(checkpoint, "save"), (models, "save"), (checkpoint, "write")])
@@ -261,7 +261,7 @@ def test_two_runs_of_one_name_share_nothing(tmp_path):
     assert lines(tmp_path / "run") != lines(tmp_path / "run-2")
 
 
-@pytest.mark.parametrize(("room", "name"), [("report", "write"), ("export", "write_card")])
+@pytest.mark.parametrize(("room", "name"), [("ner.report", "write"), ("ner.export", "write_card")])
 def test_a_report_or_a_card_that_fails_loses_no_run(tmp_path, monkeypatch, room, name):
     def write(_):
         raise ValueError("no page today")

@@ -16,7 +16,8 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification
 
-import fast
+from ner import kernels as fast
+from ner.optimizer import Optimizer
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.06}
 
@@ -364,7 +365,7 @@ def test_optimizer_in_float32_is_torchs_adamw():
     torch.manual_seed(0)
     ours = nn.Linear(6, 3)
     theirs = copy.deepcopy(ours)
-    optimizer = fast.Optimizer(ours, 0.1, 0.01)
+    optimizer = Optimizer(ours, 0.1, 0.01)
     reference = torch.optim.AdamW([{"params": [theirs.weight], "weight_decay": 0.01},
                                    {"params": [theirs.bias], "weight_decay": 0.0}], lr=0.1)
     for step in range(5):
@@ -385,7 +386,7 @@ def test_small_steps_add_up_in_bfloat16():
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
     model.to(torch.bfloat16)
-    optimizer = fast.Optimizer(model, 1e-4, 0.0)
+    optimizer = Optimizer(model, 1e-4, 0.0)
     for _ in range(100):
         optimizer.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
         optimizer.step(1e-4, 1.0)
@@ -395,7 +396,7 @@ def test_small_steps_add_up_in_bfloat16():
 
 def test_float16_leaves_out_a_step_that_overflows():
     model = nn.Linear(2, 1, bias=False).to(torch.float16)
-    optimizer = fast.Optimizer(model, 0.1, 0.0)
+    optimizer = Optimizer(model, 0.1, 0.0)
     before, scale = model.weight.clone(), optimizer.scale
     optimizer.backward(model(torch.full((1, 2), 100.0, dtype=torch.float16)).float().sum() * 1000)
     optimizer.step(0.1, 1.0)
@@ -410,7 +411,7 @@ def test_the_head_learns_faster_by_its_factor():
     """Adam's first step is the learning rate, whatever the gradient."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    optimizer = fast.Optimizer(model, 0.001, 0.0, head={"1.weight", "1.bias"}, head_factor=10)
+    optimizer = Optimizer(model, 0.001, 0.0, head={"1.weight", "1.bias"}, head_factor=10)
     optimizer.backward(model(torch.ones(1, 3)).sum())
     optimizer.step(0.001, 1e9)
     for name, weight in model.named_parameters():
@@ -423,7 +424,7 @@ def test_the_average_is_a_mean_of_late_weights_and_leaves_training_alone():
     for averaging in (True, False):
         torch.manual_seed(0)
         model = nn.Linear(4, 2).to(torch.bfloat16)
-        optimizer, history = fast.Optimizer(model, 0.01, 0.0, averaging), []
+        optimizer, history = Optimizer(model, 0.01, 0.0, averaging), []
         for step in range(1, 201):
             x = torch.full((1, 4), step % 7 / 7, dtype=torch.bfloat16)
             optimizer.backward(model(x).square().sum())
@@ -481,7 +482,8 @@ def test_memory_is_held_in_huge_pages():
     if not size.exists() or int(size.read_text()) > 2 << 20 or not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("this system has no huge pages of 2 MB, or another C library than glibc")
     code = """
-import ctypes, torch, fast
+import ctypes, torch
+from ner import kernels as fast
 fast.hold_memory()
 sbrk = ctypes.CDLL(None).sbrk
 sbrk.restype = ctypes.c_void_p
@@ -494,5 +496,5 @@ flags = [part.split("VmFlags:")[1].split("\\n")[0].split() for part in heap]
 sizes = [int(part.split("Size:")[1].split()[0]) for part in heap]
 print(sum(size for size, kinds in zip(sizes, flags) if "hg" in kinds))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(fast.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(fast.__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) > 1_900_000, done.stdout + done.stderr

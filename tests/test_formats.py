@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import formats
-import loader
-from errors import UserError
+from ner import decoding, formats
+from ner.errors import UserError
 
 TEXT = "江泽民在北京会见了比尔·盖茨"
 TAGS = ["B-PER", "I-PER", "I-PER", "O", "B-LOC", "I-LOC", "O", "O", "O"] + ["B-PER"] + ["I-PER"] * 4
@@ -47,7 +46,7 @@ def write(folder, *records, name="train.jsonl", ascii=False):
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train", "train.txt"])
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_to_write_entities(tmp_path, way, name):
-    corpus = loader.read(write(tmp_path, "", WAYS[way], "  ", {"text": "没有", "label": []}, name=name))
+    corpus = formats.read(write(tmp_path, "", WAYS[way], "  ", {"text": "没有", "label": []}, name=name))
     assert [(s.chars, s.tags, s.line) for s in corpus.sentences] == [
         (list(TEXT), TAGS, 2),
         (["没", "有"], ["O", "O"], 4),
@@ -57,7 +56,7 @@ def test_each_way_to_write_entities(tmp_path, way, name):
 
 def test_overlapping_entities_are_dropped_and_counted(tmp_path):
     path = write(tmp_path, {"text": TEXT, "label": [[4, 5, "LOC"], *SPANS, [2, 5, "X"], [0, 3, "ORG"]]})
-    corpus = loader.read(path)
+    corpus = formats.read(path)
     assert corpus.sentences[0].tags == TAGS and corpus.skipped == 3
     (warning,) = corpus.warnings()
     assert warning.startswith(f"{path}: 3 entities dropped")
@@ -65,7 +64,7 @@ def test_overlapping_entities_are_dropped_and_counted(tmp_path):
 
 def test_text_is_kept_character_by_character(tmp_path):
     text = 'a\n b\u3000\u200b👨‍👩‍👧\x01\\"'
-    corpus = loader.read(
+    corpus = formats.read(
         write(tmp_path, {"text": text, "label": [[0, 1, "two words"]]}, {"text": "", "label": []}, ascii=True)
     )
     assert corpus.sentences[0].chars == list(text) and corpus.sentences[0].tags[0] == "B-two_words"
@@ -97,19 +96,19 @@ def test_text_is_kept_character_by_character(tmp_path):
 def test_errors_name_file_and_line(tmp_path, bad, what):
     path = write(tmp_path, WAYS["doccano"], "", bad)
     with pytest.raises(UserError) as caught:
-        loader.read(path)
+        formats.read(path)
     assert str(caught.value).startswith(f"{path}:3: ") and what in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_json_that_is_not_one_object_a_line(tmp_path):
     with pytest.raises(UserError, match="train.json:1: not a JSON object"):
-        loader.read(write(tmp_path, json.dumps([WAYS["doccano"]], indent=1), name="train.json"))
+        formats.read(write(tmp_path, json.dumps([WAYS["doccano"]], indent=1), name="train.json"))
     with pytest.raises(UserError, match="no sentence"):
-        loader.read(write(tmp_path, {"text": "", "label": []}))
+        formats.read(write(tmp_path, {"text": "", "label": []}))
 
 
 def test_a_brace_can_be_a_character(tmp_path):
-    assert loader.read(write(tmp_path, "{ O", "} O", name="train")).sentences[0].chars == ["{", "}"]
+    assert formats.read(write(tmp_path, "{ O", "} O", name="train")).sentences[0].chars == ["{", "}"]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -117,7 +116,7 @@ def test_a_brace_can_be_a_character(tmp_path):
 def test_entities_are_accounted_for(places):
     entities = [(start, end, kind) for start, end, kind in places if start < end]
     tags, dropped = formats._paint(list("x" * 20), iter(entities))
-    kept = [(start, end, kind) for kind, start, end in loader.spans(tags)]
+    kept = [(start, end, kind) for kind, start, end in decoding.spans(tags)]
     assert len(kept) + dropped == len(entities) and set(kept) <= set(entities) and len(tags) == 20
 
 
@@ -133,7 +132,7 @@ CONLL = (
 def test_conll_columns(tmp_path, content):
     path = tmp_path / "train.conll"
     path.write_text(content, encoding="utf-8")
-    corpus = loader.read(str(path))
+    corpus = formats.read(str(path))
     assert [(s.chars, s.tags) for s in corpus.sentences] == [
         (["EU", "rejects", "German"], ["B-ORG", "O", "B-MISC"]),
         (["Peter", "Blackburn"], ["B-PER", "I-PER"]),
@@ -145,7 +144,7 @@ def test_conll_line_with_a_column_too_few(tmp_path):
     path = tmp_path / "train"
     path.write_text(CONLL.replace("German JJ B-NP B-MISC", "German B-NP B-MISC"), encoding="utf-8")
     with pytest.raises(UserError, match=r"train:5: 3 fields where the file has 4: 'German B-NP B-MISC'"):
-        loader.read(str(path))
+        formats.read(str(path))
 
 
 WORDS = [["The", "IL-2", "gene"], ["Epo", "."]]
@@ -192,14 +191,14 @@ def offline(monkeypatch, tmp_path):
 @pytest.mark.parametrize("form", ["class labels", "tags as texts", "json with label.json"])
 def test_hub_data_sets(tmp_path, form):
     folder = hub_folder(tmp_path / "bio", form)
-    corpus = loader.read(f"hub:{folder}")
+    corpus = formats.read(f"hub:{folder}")
     assert [(s.chars, s.tags, s.line) for s in corpus.sentences] == [
         (WORDS[0], ["O", "B-DNA", "I-DNA"], 1),
         (WORDS[1], ["B-protein", "O"], 2),
     ]
     assert corpus.unit == "word" and corpus.path == f"hub:{folder}"
     for split, name in (("dev", f"hub:{folder}"), ("train", f"hub:{folder}@validation")):
-        assert len(loader.read(name, split=split).sentences) == (2 if form.startswith("json") else 1)
+        assert len(formats.read(name, split=split).sentences) == (2 if form.startswith("json") else 1)
 
 
 def test_hub_errors_are_one_line(tmp_path, monkeypatch):
@@ -210,11 +209,11 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch):
         (f"hub:{tmp_path / 'none'}", "cannot load"),
     ):
         with pytest.raises(UserError, match=what) as caught:
-            loader.read(name)
+            formats.read(name)
         assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
-        loader.read(f"hub:{folder}")
+        formats.read(f"hub:{folder}")
 
 
 def test_hub_rows_that_do_not_fit():
@@ -246,7 +245,7 @@ def test_a_data_set_that_is_a_program_is_not_run():
 
 
 def test_the_bionlp2004_config_names_its_splits():
-    import config
+    from ner import config
 
     read, _ = config.load(["--config", str(config.ROOT / "configs" / "bionlp2004.yaml")])
     assert [read.train, read.dev, read.test] == [

@@ -19,9 +19,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import formats
-import loader
-from errors import UserError
+from ner import decoding, formats
+from ner.errors import UserError
 
 CASES = int(os.environ.get("FUZZ_CASES", "400"))
 NER_DATA = Path(__file__).resolve().parents[2] / "shared" / "ner_data"
@@ -38,7 +37,7 @@ def originals() -> list[bytes]:
     bmes = re.sub(r"B-(\w+)\n(?!.* I-)", r"S-\1\n", last.sub(r"E-\1\n", bio)).replace(" I-", " M-")
     conll = "-DOCSTART- -X- O O\n\n" + bio.replace(" ", " NN x ")
     offsets = [
-        {"text": "".join(chars), "label": [[s, e, kind] for kind, s, e in loader.spans(tags)]} for chars, tags in made
+        {"text": "".join(chars), "label": [[s, e, kind] for kind, s, e in decoding.spans(tags)]} for chars, tags in made
     ]
     cluener = [
         {"text": record["text"], "label": {kind: {record["text"][s:e]: [[s, e - 1]]} for s, e, kind in record["label"]}}
@@ -226,7 +225,7 @@ def check(path: str) -> bool:
     """Reads one file and checks everything that must hold of the outcome; True if it was taken."""
     try:
         with no_hang():
-            corpus = loader.read(path)
+            corpus = formats.read(path)
     except UserError as error:
         told = str(error)
         place = re.match(re.escape(path) + r":(\d+): .", told)
@@ -269,7 +268,7 @@ def check(path: str) -> bool:
         assert corpus.entities().total() >= sum(parts[-1][0] in "BSU" for parts in fields), (
             "each beginning is an entity"
         )
-    assert corpus.entities().total() == sum(len(loader.spans(sentence.tags)) for sentence in corpus.sentences)
+    assert corpus.entities().total() == sum(len(decoding.spans(sentence.tags)) for sentence in corpus.sentences)
     return True
 
 
@@ -278,7 +277,7 @@ def test_healthy_files_are_taken(tmp_path):
     for number, data in enumerate(originals()):
         (tmp_path / "file").write_bytes(data)
         assert check(str(tmp_path / "file")), number
-        schemes.append(loader.read(str(tmp_path / "file")).scheme)
+        schemes.append(formats.read(str(tmp_path / "file")).scheme)
     assert schemes[:8] == ["BIO", "BIO", "BMES", "BILOU", "BIO", "offsets", "offsets", "BIO"]
 
 
@@ -377,7 +376,7 @@ def test_memory_is_in_proportion_to_the_file(tmp_path, content):
     tracemalloc.start()
     try:
         with contextlib.suppress(UserError), no_hang():
-            loader.read(str(path))
+            formats.read(str(path))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

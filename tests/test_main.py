@@ -14,8 +14,9 @@ import pytest
 import runs
 from safetensors.torch import load_file
 
-import config as settings
+from ner import config as settings
 import evaluate
+from ner import scores as scoring
 import main
 import predict
 
@@ -96,7 +97,7 @@ def test_predictions_are_the_test_file_with_tags_and_give_its_scores(run):
     blocks = [block.splitlines() for block in (runs.world() / "test").read_text("utf-8").strip().split("\n\n")]
     assert [["".join(line[0]) for line in block] for block in blocks] == [row["chars"] for row in rows]
     assert [[line[2:] for line in block] for block in blocks] == [row["gold"] for row in rows]
-    assert evaluate.score([row["gold"] for row in rows], [row["predicted"] for row in rows]) == json.loads(
+    assert scoring.score([row["gold"] for row in rows], [row["predicted"] for row in rows]) == json.loads(
         (run / "test.json").read_text("utf-8")
     )
 
@@ -156,13 +157,13 @@ def test_a_run_without_a_name_is_named_by_the_time(tmp_path):
 def test_the_best_epoch_is_chosen_on_dev_and_saved(tmp_path, monkeypatch):
     grades, weights = iter([0.2, 0.9, 0.5, 0.7]), {}
 
-    def score_sentences(tagger, sentences, devices=None, real=evaluate.score_sentences):
+    def score_sentences(tagger, sentences, devices=None, real=scoring.score_sentences):
         scores, predicted, loss = real(tagger, sentences, devices)
         scores["micro"]["f1"] = next(grades)
         weights[len(weights)] = {name: weight.detach().clone() for name, weight in tagger.model.named_parameters()}
         return scores, predicted, loss
 
-    monkeypatch.setattr(evaluate, "score_sentences", score_sentences)
+    monkeypatch.setattr(scoring, "score_sentences", score_sentences)
     main.main(runs.argv(tmp_path, epochs=3))
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(saved[name].equal(weight) for name, weight in weights[1].items())
@@ -192,16 +193,16 @@ def test_without_dev_a_share_of_train_is_held_out_by_the_seed(tmp_path):
 
 def test_without_test_the_run_ends_and_is_found(tmp_path):
     main.main(runs.argv(tmp_path, test=None, epochs=1))
-    assert not (tmp_path / "run" / "test.json").exists() and evaluate.newest_run(tmp_path) == tmp_path / "run"
+    assert not (tmp_path / "run" / "test.json").exists() and scoring.newest_run(tmp_path) == tmp_path / "run"
     assert "finished: " in log(tmp_path / "run") and "在测试集上" not in log(tmp_path / "run")
 
 
 def test_an_epoch_that_finds_nothing_says_so_and_why(tmp_path, monkeypatch):
     def score_sentences(tagger, sentences, devices=None):
         predicted = [["O"] * len(sentence.tags) for sentence in sentences]
-        return evaluate.score([sentence.tags for sentence in sentences], predicted), predicted, 1.0
+        return scoring.score([sentence.tags for sentence in sentences], predicted), predicted, 1.0
 
-    monkeypatch.setattr(evaluate, "score_sentences", score_sentences)
+    monkeypatch.setattr(scoring, "score_sentences", score_sentences)
     main.main(runs.argv(tmp_path, tuning="lora", learning_rate=1e-5, epochs=1))
     said = [line for line in log(tmp_path / "run").splitlines() if "WARNING" in line]
     assert sum("learning_rate 1e-05 is too low for lora" in line for line in said) == 2, (
@@ -247,15 +248,16 @@ def test_accumulation_computes_what_a_larger_batch_does(tmp_path):
 
 
 def test_the_learning_rate_rises_and_falls_in_straight_lines(tmp_path, monkeypatch):
-    import fast
+    from ner import kernels as fast
+    from ner.optimizer import Optimizer
 
     rates = []
 
-    def step(self, rate, max_norm, real=fast.Optimizer.step):
+    def step(self, rate, max_norm, real=Optimizer.step):
         rates.append(rate)
         return real(self, rate, max_norm)
 
-    monkeypatch.setattr(fast.Optimizer, "step", step)
+    monkeypatch.setattr(Optimizer, "step", step)
     main.main(runs.argv(tmp_path, warmup_ratio=0.25, learning_rate=1e-3))  # 26 steps, 6 of them warm-up
     assert rates == pytest.approx(
         [1e-3 * step / 6 for step in range(1, 7)] + [1e-3 * step / 20 for step in range(20, 0, -1)]

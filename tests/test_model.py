@@ -15,10 +15,10 @@ import pytest
 import tiny
 import torch
 
-import config
-import encoder
-import model
-from errors import UserError
+from ner import config
+from ner import encoder
+from ner import model
+from ner.errors import UserError
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 SHARED = config.ROOT.parent / "shared" / "candidate_encoder"
@@ -165,7 +165,7 @@ def test_merging_without_peft_equals_pefts_own(encoders, tmp_path, tuning):
 
 
 def test_loading_a_lora_needs_no_peft_and_says_nothing(saved):
-    code = f"import sys, model; model.load({str(saved['lora'])!r}); print('peft' in sys.modules)"
+    code = f"import sys; from ner import model; model.load({str(saved['lora'])!r}); print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", ""), "no peft, and not a word of noise"
 

@@ -18,11 +18,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import config
-import loader
-import model
+from ner import config
+from ner import batches, decoding, formats
+from ner.windows import Units
+from ner import model
 import predict
-from errors import UserError
+from ner.errors import UserError
 
 ROOT = Path(predict.__file__).parent
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
@@ -44,13 +45,13 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     network, tokenizer, meta = build(folder / "encoder", tiny.wordpiece())
     sentences = tiny.sentences(240)
-    windows = loader.Units(tokenizer, "character", True, 64).windows([chars for chars, _ in sentences])
+    windows = Units(tokenizer, "character", True, 64).windows([chars for chars, _ in sentences])
     gold = [[LABELS.index(tag) for tag in tags] for _, tags in sentences]
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     network.train()
     for epoch in range(6):
-        for batch in loader.batches(windows, 16, seed=epoch):
-            inputs = loader.collate(batch, tokenizer.pad_token_id, gold)
+        for batch in batches.batches(windows, 16, seed=epoch):
+            inputs = batches.collate(batch, tokenizer.pad_token_id, gold)
             logits = network(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
             loss, count = model.loss_sum(logits, inputs["labels"])
             (loss / count).backward()
@@ -217,10 +218,10 @@ def test_files_come_back_through_the_loader(run, tmp_path, capsys):
         said = call("--run", run, "--input", tmp_path / "in.txt", "--output", out, "--format", form, capsys=capsys)
         assert said == ""
         found = [plain(entities) for entities in predict.predict(lines)]
-        corpus = loader.read(str(out))
+        corpus = formats.read(str(out))
         assert len(corpus.sentences) == len(lines)
         for sentence, entities in zip(corpus.sentences, found, strict=True):
-            read = [("".join(sentence.chars[s:e]), kind) for kind, s, e in loader.spans(sentence.tags)]
+            read = [("".join(sentence.chars[s:e]), kind) for kind, s, e in decoding.spans(sentence.tags)]
             assert read == [("".join(text.split()), kind) for text, kind, _, _ in entities]
 
 

@@ -12,9 +12,9 @@ import pytest
 import runs
 from safetensors.torch import load_file
 
-import checkpoint
+from ner import checkpoint
 import main
-from errors import UserError
+from ner.errors import UserError
 
 
 def pair(arguments) -> list[runs.Process]:

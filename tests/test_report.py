@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import report
-from errors import UserError
+from ner import report
+from ner.errors import UserError
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
 
@@ -296,9 +296,9 @@ def test_page_that_cannot_be_written(run):
 
 
 def test_without_torch(run):
-    code = f"import sys, report; report.write({str(run)!r}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from ner import report; report.write({str(run)!r}); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True,
-                   cwd=Path(report.__file__).parent, timeout=60)
+                   cwd=Path(report.__file__).parents[1], timeout=60)
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

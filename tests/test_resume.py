@@ -15,8 +15,8 @@ import runs
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import config as settings
+from ner import checkpoint
+from ner import config as settings
 import main
 
 EPOCHS = 4
@@ -106,7 +106,7 @@ def test_killed_before_its_first_checkpoint_it_starts_again_in_its_folder(whole,
 
 
 def test_killed_between_checkpoint_and_model_the_best_model_is_written_again(tmp_path, monkeypatch):
-    import model
+    from ner import model
 
     def killed(*_):
         raise SystemExit(9)
@@ -154,14 +154,14 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_a_signal_while_dev_is_scored_does_not_wait(whole, tmp_path, monkeypatch):
-    import evaluate
+    from ner import scores as scoring
 
     def score_sentences(*_):
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still scoring")
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "score_sentences", score_sentences)
+        patched.setattr(scoring, "score_sentences", score_sentences)
         with pytest.raises(SystemExit) as end:
             main.main(runs.argv(tmp_path, epochs=EPOCHS))
     state = checkpoint.load(tmp_path / "run")[1]
@@ -262,7 +262,7 @@ def test_the_malice_of_the_next_test_works(tmp_path):
 def test_a_pickle_in_any_file_of_a_run_is_never_run(tmp_path, capsys, tuning):
     import evaluate
     import predict
-    import report
+    from ner import report
 
     main.main(runs.argv(tmp_path, tuning=tuning, epochs=1))
     run, mark, bad = tmp_path / "run", tmp_path / "mark", tmp_path / "bad"

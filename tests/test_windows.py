@@ -10,8 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import loader
-from errors import UserError
+from ner import batches, decoding, formats
+from ner.corpus import label_list
+from ner.windows import Units, Window, stitch, text_units
+from ner.errors import UserError
 
 KINDS = {"wordpiece": tiny.wordpiece, "sentencepiece": tiny.sentencepiece, "bytelevel": tiny.bytelevel}
 AWKWARD = [
@@ -57,7 +59,7 @@ def tokenizer(kind):
 
 
 def units(kind, max_length=20, special_tokens=True, unit="character"):
-    return loader.Units(tokenizer(kind), unit, special_tokens, max_length)
+    return Units(tokenizer(kind), unit, special_tokens, max_length)
 
 
 def positions(window):
@@ -99,8 +101,8 @@ def test_what_goes_out_in_batches_comes_back_in_place(kind, sentences, max_lengt
     made = units(kind, max_length)
     gold = [[(7 * index + place) % 11 for place in range(len(chars))] for index, chars in enumerate(sentences)]
     windows, out, labelled = made.windows(sentences), {}, 0
-    for batch in loader.batches(windows, size, seed):
-        tensors = loader.collate(batch, tokenizer(kind).pad_token_id, gold)
+    for batch in batches.batches(windows, size, seed):
+        tensors = batches.collate(batch, tokenizer(kind).pad_token_id, gold)
         assert {t.dtype for t in tensors.values()} == {torch.int64} and len({t.shape for t in tensors.values()}) == 1
         assert tensors["attention_mask"].sum() == sum(len(w.ids) for w in batch)
         longest = max(len(w.ids) for w in batch)
@@ -109,7 +111,7 @@ def test_what_goes_out_in_batches_comes_back_in_place(kind, sentences, max_lengt
         labelled += int((tensors["labels"] != -100).sum())
         scores = torch.nn.functional.one_hot(tensors["labels"].clamp(min=0), 11).to(torch.bfloat16)
         scores[tensors["labels"] == -100] = 9.0  # must never be read
-        loader.stitch(batch, scores, out)
+        stitch(batch, scores, out)
     assert labelled == sum(map(len, sentences)), "training sees every labelled unit exactly once"
     assert sorted(out) == [index for index, chars in enumerate(sentences) if chars]
     for index, rows in out.items():
@@ -182,10 +184,10 @@ def test_special_tokens_only_where_they_are_wanted():
 
 def test_words_take_their_tag_at_the_first_token():
     words = ["The", "inhibitor", "of", "IL-2", "blocks", "NF-kappa"]
-    made = loader.Units(tiny.bytelevel(add_prefix_space=True), "word", True, 64)
+    made = Units(tiny.bytelevel(add_prefix_space=True), "word", True, 64)
     (window,) = made.windows([words])
     assert len(window.ids) > len(words) + 2, "some words have several tokens"
-    tensors = loader.collate([window], 1, [[1, 2, 3, 4, 5, 6]])
+    tensors = batches.collate([window], 1, [[1, 2, 3, 4, 5, 6]])
     assert tensors["labels"][0, window.first].tolist() == [1, 2, 3, 4, 5, 6]
     assert int((tensors["labels"] != -100).sum()) == 6
 
@@ -212,16 +214,16 @@ def test_room_for_no_token_is_an_error():
 def test_batches_hold_like_lengths_in_an_order_drawn_from_the_seed():
     sentences = [list("京" * (1 + 37 * n % 120)) for n in range(2000)]
     windows = units("wordpiece", 256).windows(sentences)
-    first, again, other = (loader.batches(windows, 16, seed) for seed in (1, 1, 2))
+    first, again, other = (batches.batches(windows, 16, seed) for seed in (1, 1, 2))
     assert first == again != other
-    for made in (first, other, loader.batches(windows, 16, None)):
+    for made in (first, other, batches.batches(windows, 16, None)):
         assert sorted(w.sentence for batch in made for w in batch) == list(range(2000))
         real = sum(len(w.ids) for batch in made for w in batch)
         padded = sum(max(len(w.ids) for w in batch) * len(batch) for batch in made)
         assert real / padded > 0.95, "hardly any padding"
     longest = [len(batch[0].ids) for batch in first]
     assert longest != sorted(longest, reverse=True) and max(map(len, first)) == 16
-    ordered = [len(w.ids) for batch in loader.batches(windows, 16, None) for w in batch]
+    ordered = [len(w.ids) for batch in batches.batches(windows, 16, None) for w in batch]
     assert ordered == sorted(ordered, reverse=True)
     assert {frozenset(w.sentence for w in batch) for batch in first} != {
         frozenset(w.sentence for w in b) for b in other
@@ -242,7 +244,7 @@ def well_formed(path, labels):
 @given(data=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 10**6)), min_size=1, max_size=5))
 def test_viterbi_finds_the_best_well_formed_path(data):
     scores = [np.random.default_rng(seed).normal(size=(n, len(LABELS))).astype(np.float32) for n, seed in data]
-    for rows, path in zip(scores, loader.viterbi(scores, LABELS), strict=True):
+    for rows, path in zip(scores, decoding.viterbi(scores, LABELS), strict=True):
         assert len(path) == len(rows) and well_formed(path, LABELS)
         best = (
             max(
@@ -276,10 +278,10 @@ def plain_viterbi(rows, labels):
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
 def test_viterbi_on_long_sentences_is_the_textbooks(sharpness):
-    labels = loader.label_list([loader.Sentence([], [f"B-{kind}" for kind in "ABCDEFG"], 1)])
+    labels = label_list([formats.Sentence([], [f"B-{kind}" for kind in "ABCDEFG"], 1)])
     draw = np.random.default_rng(3)
     scores = [draw.normal(size=(n, len(labels))) * sharpness for n in (1, 700, 33, 0, 64, 2)]
-    for rows, path in zip(scores, loader.decode(scores, labels, "viterbi"), strict=True):
+    for rows, path in zip(scores, decoding.decode(scores, labels, "viterbi"), strict=True):
         assert well_formed(path, labels)
         if len(rows):
             plain = plain_viterbi(rows.astype(np.float32), labels)
@@ -290,34 +292,34 @@ def test_viterbi_on_long_sentences_is_the_textbooks(sharpness):
 
 def test_viterbi_survives_what_a_broken_model_gives():
     for value in (np.nan, np.inf, -np.inf, 0.0):
-        (path,) = loader.viterbi([np.full((50, 5), value, np.float32)], LABELS)
+        (path,) = decoding.viterbi([np.full((50, 5), value, np.float32)], LABELS)
         assert len(path) == 50 and well_formed(path, LABELS)
-    assert [list(path) for path in loader.viterbi([np.zeros((0, 5))], LABELS)] == [[]]
-    assert loader.viterbi([], LABELS) == []
+    assert [list(path) for path in decoding.viterbi([np.zeros((0, 5))], LABELS)] == [[]]
+    assert decoding.viterbi([], LABELS) == []
 
 
 def test_viterbi_takes_a_million_characters():
     scores = np.random.default_rng(0).normal(size=(1_000_000, 5)).astype(np.float32)
-    (path,) = loader.viterbi([scores], LABELS)
+    (path,) = decoding.viterbi([scores], LABELS)
     assert len(path) == 1_000_000 and well_formed(path[:5000], LABELS)
 
 
 def test_argmax_takes_each_character_by_itself():
-    paths = loader.decode([np.eye(5, dtype=np.float32)[[2, 0, 4]], np.zeros((0, 5), np.float32)], LABELS, "argmax")
+    paths = decoding.decode([np.eye(5, dtype=np.float32)[[2, 0, 4]], np.zeros((0, 5), np.float32)], LABELS, "argmax")
     assert [list(path) for path in paths] == [[2, 0, 4], []]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text())
 def test_units_of_a_text_keep_their_offsets(text):
-    characters, words = loader.text_units(text, "character"), loader.text_units(text, "word")
+    characters, words = text_units(text, "character"), text_units(text, "word")
     assert "".join(char for char, _, _ in characters) == text and len(characters) == len(text)
     assert all(text[start:end] == unit for unit, start, end in characters + words)
     assert len("".join(unit for unit, _, _ in words)) + sum(char.isspace() for char in text) == len(text)
 
 
 def test_words_of_a_text():
-    assert [unit for unit, _, _ in loader.text_units("IL-2 isn't (NF-kappa B) 3.5%, ok.", "word")] == [
+    assert [unit for unit, _, _ in text_units("IL-2 isn't (NF-kappa B) 3.5%, ok.", "word")] == [
         "IL-2",
         "isn't",
         "(",

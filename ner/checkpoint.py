@@ -18,8 +18,8 @@ import threading
 import time
 from pathlib import Path
 
-from errors import UserError
-from folder import WRITING, sync, write
+from ner.errors import UserError
+from ner.files import WRITING, sync, write
 
 log = logging.getLogger("__main__")
 FILE = Path("checkpoint") / "state.safetensors"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-import fast
+from ner import kernels as fast
 
 SENTENCES = (  # of many kinds, for Int8Layer to see how large activations become
     "昨天下午，市长王建国在南京会见了来访的法国汽车公司总裁皮埃尔·杜邦一行。",
@@ -281,7 +281,7 @@ class Tokenizer:
 
 def load(folder: Path):
     """(model in eval mode and float32, tokenizer, meta) of a run's model folder, or None where it is not of this kind."""
-    import model as models
+    from ner import model as models
 
     folder = Path(folder) / "model" if (Path(folder) / "model" / "ner.json").exists() else Path(folder)
     try:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import bert
-import fast
-import loader
+from ner import bert
+from ner import kernels as fast
+from ner import batches, decoding, windows
 
 TOKENS, LEAST = 2048, 256  # of a batch on a CPU: at most; at least, unless all of them are fewer
 LEAD = 2  # times the error of an 8-bit model: by less than that a tag may lead the next best by chance
@@ -27,7 +27,7 @@ def load(run: Path, device="cpu", precision: str = "auto") -> tuple:
     dtype = fast.choose("auto" if precision == "int8" else precision, device)[0]
     found = bert.load(run) if torch.device(device).type == "cpu" else None
     if found is None:
-        import model as models
+        from ner import model as models
 
         model, tokenizer, meta = models.load(run, device, attention=fast.attention(device))
         fast.prepare(model, dtype, device)
@@ -61,7 +61,7 @@ class Tagger:
 
     def __init__(self, model, tokenizer, meta: dict, batch_size: int = 32):
         self.model, self.labels, self.decode, self.batch_size = model, meta["labels"], meta["decode"], batch_size
-        self.units = loader.Units(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
+        self.units = windows.Units(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
         self.pad_id, self.unit = tokenizer.pad_token_id or 0, meta["unit"]
         self.exact = getattr(model, "exact", None)
 
@@ -83,7 +83,7 @@ class Tagger:
                     scored = each(lambda batch: self._scores(model, batch, device), self._batches(unsure, device))
                     unsure = []
                     for batch, scores, rows in scored:
-                        loader.stitch(batch, scores, out)
+                        windows.stitch(batch, scores, out)
                         unsure += [batch[row] for row in rows]
         finally:
             self.model.train(was_training)
@@ -91,9 +91,9 @@ class Tagger:
         return [out.get(index, empty) for index in range(len(sentences))]
 
     @torch.no_grad()
-    def _scores(self, model, batch: list[loader.Window], device: torch.device) -> tuple:
+    def _scores(self, model, batch: list[windows.Window], device: torch.device) -> tuple:
         """(batch, log-probabilities of it, float32 [B, L, labels], rows of it of which the model is not sure)."""
-        inputs = loader.collate(batch, self.pad_id, None)
+        inputs = batches.collate(batch, self.pad_id, None)
         logits = model(input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device)).logits
         scores, unsure = torch.log_softmax(logits.float(), dim=-1).cpu().numpy(), []
         if self.exact and model is self.model:
@@ -102,17 +102,17 @@ class Tagger:
             unsure = [row for row, window in enumerate(batch) if not sure[row, window.first].all()]
         return batch, scores, unsure
 
-    def _batches(self, windows: list[loader.Window], device: torch.device):
+    def _batches(self, windows: list[windows.Window], device: torch.device):
         """Windows of like length together, longest first; on a CPU two batches or more for each thread, where that does
         not make them too small, and none much larger than its caches."""
         if device.type != "cpu":
-            return loader.batches(windows, self.batch_size, None)
+            return batches.batches(windows, self.batch_size, None)
         share = sum(len(window.ids) for window in windows) // (2 * torch.get_num_threads())
-        return loader.batches(windows, self.batch_size, None, min(TOKENS, max(LEAST, share)))
+        return batches.batches(windows, self.batch_size, None, min(TOKENS, max(LEAST, share)))
 
     def decoded(self, log_probs: list[np.ndarray]) -> list[tuple[list[str], np.ndarray]]:
         """Tags and the probability of each, float32 [n], by the run's way of decoding."""
-        chosen = loader.decode(log_probs, self.labels, self.decode)
+        chosen = decoding.decode(log_probs, self.labels, self.decode)
         return [([self.labels[label] for label in path], np.exp(scores[np.arange(len(path)), path]))
                 for scores, path in zip(log_probs, chosen)]  # fmt: skip
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from config import resolve_path
-from errors import UserError
+from ner.config import resolve_path
+from ner.errors import UserError
 
 ANSWER_SECONDS = 5  # that the hub is given
 

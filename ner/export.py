@@ -11,10 +11,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import config as settings
-import encoder
-import model as models
-from errors import UserError
+from ner import config as settings
+from ner import encoder
+from ner import model as models
+from ner.errors import UserError
 
 OPSET = 17
 FURTHEST = 1e-3  # the most by which an ONNX logit may differ from torch's

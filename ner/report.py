@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from errors import UserError, command
+from ner.errors import UserError, command
 
 WORST = 50  # sentences shown
 LONG = 160  # characters of text without an entity, past which the middle of the stretch is left out
@@ -269,7 +269,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 def _errors(path: Path) -> dict | None:
     """What predictions.jsonl shows: the confusion of types, the counts of each kind of error, the worst sentences."""
-    from loader import spans
+    from ner.decoding import spans
 
     cells, kinds, worst, count, long_units, units = Counter(), {}, [], 0, 0, 0
     for number, line in enumerate(_lines(path), 1):
@@ -319,9 +319,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", nargs="?", help="the run's folder (default: the newest finished one under output/)")
     run = parser.parse_args(argv).run
     if run is None:
-        import evaluate
+        from ner import scores as scoring
 
-        run = evaluate.newest_run()
+        run = scoring.newest_run()
     print(write(Path(run)))
 
 

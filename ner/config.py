@@ -15,9 +15,9 @@ from typing import Annotated, Literal, get_args
 import pydantic
 import yaml
 
-from errors import UserError
+from ner.errors import UserError
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 TUNINGS = Literal["lora", "full", "dora", "rslora", "adalora", "ia3", "bitfit", "freeze", "prompt", "prefix", "ptuning"]
 DEFAULT_RATES = {
     "lora": 1e-3, "full": 2e-4, "dora": 1e-3, "rslora": 2.5e-4, "adalora": 9e-3, "ia3": 2e-2, "bitfit": 1e-2,

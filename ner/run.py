@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import config as settings
-from errors import UserError
+from ner import config as settings
+from ner.errors import UserError
 
 log = logging.getLogger("__main__")
-WRITING = ".writing"  # what a file is called until it is whole
 MAY_DIFFER = ("epochs", "output", "run", "checkpoint_minutes", "trackers", "test")  # between a run and its continuation
 PATHS = ("train", "dev", "test", "pretrained")
 
@@ -127,30 +126,6 @@ def _lock(run: Path) -> int:
     except OSError:  # a file system without locks
         pass
     return descriptor
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a text file under another name, to disk, and renames it. Raises OSError that names the file."""
-    temporary = path.with_name(path.name + WRITING)
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Brings a file or folder to disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def environment(devices, dtype) -> dict:

@@ -2,7 +2,7 @@
 
 import logging
 
-from errors import UserError
+from ner.errors import UserError
 
 log = logging.getLogger("__main__")
 
@@ -42,7 +42,7 @@ def add_gradients(
     """
     import torch
 
-    import checkpoint
+    from ner import checkpoint
 
     share, units = batch[devices.process_index :: devices.num_processes], checkpoint.units(batch)
     while (total := _worked_through(model, optimizer, share, units, gold, pad_id, devices.device, at)) is None:
@@ -71,13 +71,13 @@ def _worked_through(model, optimizer, share: list, units: int, gold, pad_id: int
     """
     import torch
 
-    import loader
-    import model as models
+    from ner import batches
+    from ner import model as models
 
     total, shape = torch.zeros((), device=device), (0, 0)
     try:
         for start in range(0, len(share), at.micro_batch):
-            inputs = loader.collate(share[start : start + at.micro_batch], pad_id, gold)
+            inputs = batches.collate(share[start : start + at.micro_batch], pad_id, gold)
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
             labels = inputs.pop("labels")
             shape = tuple(labels.shape)
@@ -103,7 +103,7 @@ def after_step(model, optimizer, step: int, steps: int) -> None:
     weights, and their average."""
     import torch
 
-    import model as models
+    from ner import model as models
 
     models.after_step(model, step, steps)
     with torch.no_grad():

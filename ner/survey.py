@@ -5,7 +5,8 @@
 
 from collections import Counter, defaultdict
 
-from formats import Corpus, spans
+from ner.decoding import spans
+from ner.formats import Corpus
 
 RARE = 10  # a type with fewer entities is neither learned nor measured well
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from errors import UserError
+from ner.errors import UserError
 
 SCHEMES = {"BIO": "BI", "BIOES": "BIES", "BMES": "BMES", "BILOU": "BILU"}  # the prefixes beside O; all become IOB2
 STARTS, CLOSES = "BSU", "SUEL"  # prefixes that always start an entity; prefixes after which none is open
@@ -238,20 +238,6 @@ def _mixture(path: str, raw: list, line_a_char: bool) -> str:
                      for index, tag in enumerate(tags) if tag[0] not in SCHEMES[scheme] + "O")
     return (f"{path}:{line}: {_quote(tag)} does not belong in {scheme}, the scheme of most tags here; expected the "
             "tags of one scheme: BIO, BIOES, BMES or BILOU")
-
-
-def spans(tags: list[str]) -> list[tuple[str, int, int]]:
-    """The entities of IOB2 tags as (type, start, end), half-open; an orphan I starts one."""
-    found, kind, start = [], None, 0
-    for index, tag in enumerate(tags):
-        if kind is not None and tag != "I-" + kind:
-            found.append((kind, start, index))
-            kind = None
-        if kind is None and tag != "O":
-            kind, start = tag[2:], index
-    if kind is not None:
-        found.append((kind, start, len(tags)))
-    return found
 
 
 def _json_lines(path: str, text: str) -> Corpus:
