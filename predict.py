@@ -43,12 +43,10 @@ class Entity:
 class Predictor:
     """A loaded model, ready for texts. `types`: what it can find, sorted."""
 
-    def __init__(self, model, tokenizer, meta: dict, batch_size: int = 32):
-        from ner.tagging import Tagger
-
-        self.unit = meta["unit"]
-        self.types = sorted({label[2:] for label in meta["labels"] if label != "O"})
-        self.tagger = Tagger(model, tokenizer, meta, batch_size=batch_size)
+    def __init__(self, tagger):
+        self.unit = tagger.unit
+        self.types = sorted({label[2:] for label in tagger.labels if label != "O"})
+        self.tagger = tagger
 
     def predict(self, texts: list[str]) -> list[list[Entity]]:
         """The entities of each text, in order of their offsets. Texts may be empty and of any length."""
@@ -68,19 +66,17 @@ class Predictor:
 def load(run: str | Path | None = None, batch_size: int = 32, precision: str = "auto") -> Predictor:
     """Loads a run's model: a run folder, a model folder, or None for the newest finished run under output/.
 
-    The GPU is taken where there is one. precision: as config.yaml calls it, by which runs are scored; or int8. On CPUs that
-    multiply bytes natively auto takes 8-bit products, and tags again in its other type what these leave in doubt; int8 does
-    not: it is somewhat faster and finds up to one entity in twenty otherwise, at about the same F1. Raises UserError where
-    there is no model or it is damaged.
+    The GPU is taken where there is one. precision: as config.yaml calls it. Raises UserError where there is no model or
+    it is damaged.
     """
     global _last
     folder = _folder(run)
     import torch
 
-    from ner import tagging as tagger
+    from ner.tagging import Tagger
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    _last = Predictor(*tagger.load(folder, device, precision), batch_size)
+    _last = Predictor(Tagger.of(folder, device, precision, batch_size))
     return _last
 
 
@@ -240,8 +236,8 @@ def _arguments(argv):
                         help="text: an entity a line; jsonl: a text a line, with offsets; bio: tags; html: a page")
     parser.add_argument("--run", metavar="DIR", help="a run's folder (default: the newest finished one under output/)")
     parser.add_argument("--batch_size", type=int, default=32, help="windows in a batch (default: 32)")
-    parser.add_argument("--precision", choices=("int8", "auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="auto (default): as a run is scored; int8: somewhat faster on most CPUs, less exact")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="auto (default): as a run is scored")
     options = parser.parse_args(argv)
     if options.texts and options.input:
         raise UserError("give texts or --input, not both")

@@ -50,17 +50,23 @@ def collate(batch: list[Window], pad_id: int, gold: list[list[int]] | None) -> d
     """
     import torch
 
+    ids, mask = padded(batch, pad_id)
+    arrays = {"input_ids": ids, "attention_mask": mask}
+    if gold is not None:
+        labels = arrays["labels"] = np.full(ids.shape, IGNORED, np.int64)
+        for row, window in enumerate(batch):
+            own = window.first[window.own_start - window.start:window.own_end - window.start]
+            labels[row, own] = gold[window.sentence][window.own_start:window.own_end]
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def padded(batch: list[Window], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and attention mask of a batch, int64 [B, L], as collate has them, without torch."""
     longest = max(len(window.ids) for window in batch)
     rounded = _rounded(longest)
     shape = len(batch), rounded if rounded <= batch[0].limit else longest
-    ids = np.full(shape, pad_id, np.int64)
-    mask = np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
+    ids, mask = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
     for row, window in enumerate(batch):
         ids[row, :len(window.ids)] = window.ids
         mask[row, :len(window.ids)] = 1
-        if gold is not None:
-            own = window.first[window.own_start - window.start:window.own_end - window.start]
-            labels[row, own] = gold[window.sentence][window.own_start:window.own_end]
-    arrays = {"input_ids": ids, "attention_mask": mask} | ({"labels": labels} if gold is not None else {})
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return ids, mask

@@ -73,7 +73,7 @@ def graded(monkeypatch):
 
     def score_sentences(tagger, sentences, devices=None):
         scores, predicted, loss = real(tagger, sentences, devices)
-        if tagger.model.training:
+        if tagger.engine.model.training:
             grades.append(1)
             scores["micro"]["f1"] = (0.1, 0.9, 0.5, 0.4)[(len(grades) - 1) % 4]
         return scores, predicted, loss

@@ -160,7 +160,7 @@ def test_the_best_epoch_is_chosen_on_dev_and_saved(tmp_path, monkeypatch):
     def score_sentences(tagger, sentences, devices=None, real=scoring.score_sentences):
         scores, predicted, loss = real(tagger, sentences, devices)
         scores["micro"]["f1"] = next(grades)
-        weights[len(weights)] = {name: weight.detach().clone() for name, weight in tagger.model.named_parameters()}
+        weights[len(weights)] = {name: weight.detach().clone() for name, weight in tagger.engine.model.named_parameters()}
         return scores, predicted, loss
 
     monkeypatch.setattr(scoring, "score_sentences", score_sentences)
