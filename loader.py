@@ -8,7 +8,7 @@ import sys
 from ner.errors import UserError, command
 from ner.formats import read
 from ner.survey import render, survey
-from ner.windows import Units
+from ner.windows import Windower
 
 
 @command
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         except Exception as error:  # whatever lies below: network, missing files, damaged ones
             raise UserError(f"{args.tokenizer}: no tokenizer there ({str(error).splitlines()[0]}); give a folder with "
                             "tokenizer.json or a hub name") from None
-        units = Units(tokenizer, corpora[0].unit, True, args.max_length)
+        units = Windower(tokenizer, corpora[0].unit, True, args.max_length)
     report = survey(corpora, units, args.max_length)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))

@@ -19,6 +19,7 @@ from ner import checkpoint
 from ner import config as settings
 from ner import scores as scoring
 from ner import files
+from ner import files
 from ner import run as folder
 from ner.errors import UserError, command
 
@@ -79,7 +80,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     # What it is trained on: a step takes `size` windows, however many processes and passes share them
     number = {label: index for index, label in enumerate(labels)}
     gold = [[number[tag] for tag in sentence.tags] for sentence in corpus.sentences]
-    windows = tagger.units.windows([sentence.chars for sentence in corpus.sentences])
+    windows = tagger.windower.windows([sentence.chars for sentence in corpus.sentences])
     size = config.batch_size * config.accumulation * devices.num_processes
     steps = math.ceil(len(windows) / size)
     log.info("%d windows of at most %d tokens, %d in a step, %d steps an epoch; %s at learning rate %g",
@@ -104,7 +105,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
         try:
             while at.epoch < config.epochs:
                 log.info("epoch %d begin", at.epoch + 1)
-                order = batches.batches(windows, size, seed=checkpoint.seed_of(config.seed, at.epoch))
+                order = batches.shuffled(windows, size, seed=checkpoint.seed_of(config.seed, at.epoch))
                 bar.reset()
                 bar.update(at.step)
                 model.train()

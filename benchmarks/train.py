@@ -115,8 +115,8 @@ def steps(options):
                                models.head_weights(model), settings.head_factor)
     number = {label: index for index, label in enumerate(labels)}
     gold = [[number[tag] for tag in sentence.tags] for sentence in corpus.sentences]
-    windows = Tagger(model, tokenizer, meta).units.windows([sentence.chars for sentence in corpus.sentences])
-    order = batches.batches(windows, BATCH, seed=settings.seed)
+    windows = Tagger(model, tokenizer, meta).windower.windows([sentence.chars for sentence in corpus.sentences])
+    order = batches.shuffled(windows, BATCH, seed=settings.seed)
     at, done, tokens, seconds, peak = checkpoint.Progress(micro_batch=BATCH), 0, 0, 0.0, 0.0
     model.train()
     for batch in order[::max(1, len(order) // 10)][:10]:

@@ -1,19 +1,79 @@
-"""What is made of the sentences of a corpus before training: a sample, the label list."""
+"""A corpus in memory: sentences with IOB2 tags, a sample of them, the label list of a model.
 
+`ner.formats` reads files into these classes; nothing here knows how a file looks.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 
-from ner.formats import Corpus, Sentence
+
+@dataclass(slots=True)
+class Sentence:
+    """One block of a file: n characters (or words), their n IOB2 tags, and the line of the first (from 1)."""
+
+    chars: list[str]
+    tags: list[str]
+    line: int
 
 
-def sample(sentences: list[Sentence], n: int | None, seed: int) -> list[Sentence]:
-    """`n` sentences drawn without replacement by `seed`, in their old order; all where n is None or not smaller."""
+@dataclass
+class Corpus:
+    """The sentences of one file and what was found out while reading it."""
+
+    path: str
+    sentences: list[Sentence]
+    scheme: str  # "BIO", "IOB1", "BIOES", "BMES", "BILOU", or "offsets" where entities are given by their offsets
+    repairs: int = 0  # orphan tags that were made to start an entity
+    unit: str = "character"  # "word" when tokens of several characters are common
+    skipped: int = 0  # entities dropped because they overlap another, which tags cannot express
+    repair_line: int = 0  # where the first of the repairs stands
+    line_a_char: bool = True  # False where a line holds a whole sentence
+
+    @property
+    def characters(self) -> int:
+        """The number of units in all sentences."""
+        return sum(len(sentence.chars) for sentence in self.sentences)
+
+    def entities(self) -> Counter[str]:
+        """Return how many entities there are of each type."""
+        return Counter(tag[2:] for sentence in self.sentences for tag in sentence.tags if tag[0] == "B")
+
+    def describe(self) -> str:
+        """Return one log line: what was recognised, and the counts."""
+        types = ", ".join(f"{type_} {count:,}" for type_, count in sorted(self.entities().items())) or "none"
+        return (
+            f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, "
+            f"scheme {self.scheme}, entities: {types}, {self.repairs:,} repairs"
+        )
+
+    def warnings(self) -> list[str]:
+        """Return what in this file was not as it should be, a line each."""
+        warnings = []
+        if self.repairs:
+            warnings.append(
+                f"{self.path}:{self.repair_line}: first of {self.repairs:,} orphan tags (an I-, M-, E- or L- "
+                "without the beginning of its entity): each was made to start an entity"
+            )
+        if self.skipped:
+            warnings.append(f"{self.path}: {self.skipped:,} entities dropped, as they overlap a longer or earlier one")
+        if not any(self.entities()):
+            warnings.append(f"{self.path}: no entity in the whole file")
+        return warnings
+
+
+def sample(sentences: Sequence[Sentence], n: int | None, seed: int) -> list[Sentence]:
+    """Return `n` sentences drawn without replacement by `seed`, in their old order; all where n is None or larger."""
     if n is None or n >= len(sentences):
         return list(sentences)
     return [sentences[i] for i in sorted(Random(seed).sample(range(len(sentences)), n))]
 
 
 def label_list(*parts: Corpus | list[Sentence]) -> list[str]:
-    """The labels of a model for these sentences: O, then B- and I- of each type, types sorted."""
-    tags = {tag for part in parts for sentence in getattr(part, "sentences", part) for tag in sentence.tags}
-    types = sorted({tag[2:] for tag in tags if tag != "O"})
-    return ["O"] + [prefix + kind for kind in types for prefix in ("B-", "I-")]
+    """Return the labels of a model for these sentences: O, then B- and I- of each type, types sorted."""
+    types: set[str] = set()
+    for part in parts:
+        sentences = part.sentences if isinstance(part, Corpus) else part
+        types.update(tag[2:] for sentence in sentences for tag in sentence.tags if tag != "O")
+    return ["O"] + [prefix + type_ for type_ in sorted(types) for prefix in ("B-", "I-")]

@@ -6,7 +6,7 @@
 from collections import Counter, defaultdict
 
 from ner.decoding import spans
-from ner.formats import Corpus
+from ner.corpus import Corpus
 
 RARE = 10  # a type with fewer entities is neither learned nor measured well
 
@@ -47,7 +47,7 @@ def compare(train: Corpus, other: Corpus) -> list[str]:
 
 
 def survey(corpora: list[Corpus], units=None, max_length: int = 256) -> dict:
-    """All that `python loader.py` tells, as one dict for JSON. `units` is a loader.Units where there is a tokenizer."""
+    """All that `python loader.py` tells, as one dict for JSON. `units` is a windows.Windower where there is a tokenizer."""
     forms = defaultdict(Counter)
     files = [_file(corpus, forms, units, max_length) for corpus in corpora]
     torn = [(form, types) for form, types in forms.items() if len(types) > 1]

@@ -25,7 +25,7 @@ class Tagger:
     def __init__(self, model: "torch.nn.Module | Engine", tokenizer, meta: dict, batch_size: int = 32):
         self.engine: Engine = model if hasattr(model, "logits") else TorchEngine(model)
         self.labels, self.decode, self.unit = meta["labels"], meta["decode"], meta["unit"]
-        self.units = windows.Units(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
+        self.windower = windows.Windower(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
         self.pad_id = tokenizer.pad_token_id or 0
         self.batch_size = batch_size
 
@@ -48,7 +48,7 @@ class Tagger:
         """Return for each sentence of n units the log-probabilities of its tags, float32 [n, labels]."""
         logits: dict[int, np.ndarray] = {}
         with self.engine.workers() as each:
-            for batch, scores in each(self._scored, self._batches(self.units.windows(sentences))):
+            for batch, scores in each(self._scored, self._batches(self.windower.windows(sentences))):
                 windows.stitch(batch, scores, logits)
         empty = np.zeros((0, len(self.labels)), np.float32)
         return [log_softmax(logits.get(index, empty)) for index in range(len(sentences))]
@@ -63,9 +63,9 @@ class Tagger:
         On a CPU there are two batches or more for each thread, where that does not make them too small.
         """
         if not self.engine.on_cpu:
-            return batches.batches(cut, self.batch_size, None)
+            return batches.by_length(cut, self.batch_size)
         share = sum(len(window.ids) for window in cut) // (2 * self.engine.threads)
-        return batches.batches(cut, self.batch_size, None, min(MOST_TOKENS, max(LEAST_TOKENS, share)))
+        return batches.by_length(cut, self.batch_size, min(MOST_TOKENS, max(LEAST_TOKENS, share)))
 
     def decoded(self, log_probs: list[np.ndarray]) -> list[tuple[list[str], np.ndarray]]:
         """Return tags and the probability of each, float32 [n], by the run's way of decoding."""

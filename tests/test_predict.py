@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ner import config
 from ner import batches, decoding, formats
 from ner.tagging import Tagger
-from ner.windows import Units
+from ner.windows import Windower
 from ner import model
 import predict
 from ner.errors import UserError
@@ -46,12 +46,12 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     network, tokenizer, meta = build(folder / "encoder", tiny.wordpiece())
     sentences = tiny.sentences(240)
-    windows = Units(tokenizer, "character", True, 64).windows([chars for chars, _ in sentences])
+    windows = Windower(tokenizer, "character", True, 64).windows([chars for chars, _ in sentences])
     gold = [[LABELS.index(tag) for tag in tags] for _, tags in sentences]
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     network.train()
     for epoch in range(6):
-        for batch in batches.batches(windows, 16, seed=epoch):
+        for batch in batches.shuffled(windows, 16, seed=epoch):
             inputs = batches.collate(batch, tokenizer.pad_token_id, gold)
             logits = network(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
             loss, count = model.loss_sum(logits, inputs["labels"])

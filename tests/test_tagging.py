@@ -50,7 +50,7 @@ def test_log_probs_are_those_of_transformers(saved):
 
 def test_batches_on_a_cpu_are_small_and_whole(saved):
     tagger = Tagger.of(saved["full"], precision="fp32")
-    cut = tagger.units.windows([["北"] * n for n in range(120)])
+    cut = tagger.windower.windows([["北"] * n for n in range(120)])
     made = tagger._batches(cut)
     assert sorted(id(w) for batch in made for w in batch) == sorted(map(id, cut))
     assert max(len(batch) for batch in made) <= tagger.batch_size

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ner import batches, decoding, formats
 from ner.corpus import label_list
-from ner.windows import Units, Window, stitch, text_units
+from ner.windows import Windower, Window, stitch, text_units
 from ner.errors import UserError
 
 KINDS = {"wordpiece": tiny.wordpiece, "sentencepiece": tiny.sentencepiece, "bytelevel": tiny.bytelevel}
@@ -59,12 +59,12 @@ def tokenizer(kind):
 
 
 def units(kind, max_length=20, special_tokens=True, unit="character"):
-    return Units(tokenizer(kind), unit, special_tokens, max_length)
+    return Windower(tokenizer(kind), unit, special_tokens, max_length)
 
 
 def positions(window):
     """The owned (place in ids, unit) pairs of a window."""
-    return [(window.first[u - window.start], u) for u in range(window.own_start, window.own_end)]
+    return [(window.first_tokens[u - window.start], u) for u in range(window.own_start, window.own_end)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,8 +79,8 @@ def test_each_unit_is_owned_once_and_seen_whole(kind, chars, max_length, special
     windows = made.windows([chars])
     assert [u for w in windows for u in range(w.own_start, w.own_end)] == list(range(len(chars)))
     for window in windows:
-        assert window.start <= window.own_start < window.own_end <= window.end and window.total == len(chars)
-        assert len(window.ids) <= max_length and len(window.first) == window.end - window.start
+        assert window.start <= window.own_start < window.own_end <= window.end and window.sentence_length == len(chars)
+        assert len(window.ids) <= max_length and len(window.first_tokens) == window.end - window.start
         before, after = len(made.prefix), len(made.suffix)
         middle = window.ids[before : len(window.ids) - after]
         stop = first[window.end] if window.end < len(chars) else len(ids)
@@ -101,7 +101,8 @@ def test_what_goes_out_in_batches_comes_back_in_place(kind, sentences, max_lengt
     made = units(kind, max_length)
     gold = [[(7 * index + place) % 11 for place in range(len(chars))] for index, chars in enumerate(sentences)]
     windows, out, labelled = made.windows(sentences), {}, 0
-    for batch in batches.batches(windows, size, seed):
+    ordered = batches.by_length(windows, size) if seed is None else batches.shuffled(windows, size, seed)
+    for batch in ordered:
         tensors = batches.collate(batch, tokenizer(kind).pad_token_id, gold)
         assert {t.dtype for t in tensors.values()} == {torch.int64} and len({t.shape for t in tensors.values()}) == 1
         assert tensors["attention_mask"].sum() == sum(len(w.ids) for w in batch)
@@ -179,16 +180,16 @@ def test_special_tokens_only_where_they_are_wanted():
         with_them, without = (units(kind, special_tokens=wanted).windows([["北"]])[0] for wanted in (True, False))
         first, *middle, last = with_them.ids
         assert tuple(tokenizer(kind).convert_ids_to_tokens([first, last])) == marks and middle == without.ids
-        assert with_them.first == [1] and without.first == [0]
+        assert with_them.first_tokens == [1] and without.first_tokens == [0]
 
 
 def test_words_take_their_tag_at_the_first_token():
     words = ["The", "inhibitor", "of", "IL-2", "blocks", "NF-kappa"]
-    made = Units(tiny.bytelevel(add_prefix_space=True), "word", True, 64)
+    made = Windower(tiny.bytelevel(add_prefix_space=True), "word", True, 64)
     (window,) = made.windows([words])
     assert len(window.ids) > len(words) + 2, "some words have several tokens"
     tensors = batches.collate([window], 1, [[1, 2, 3, 4, 5, 6]])
-    assert tensors["labels"][0, window.first].tolist() == [1, 2, 3, 4, 5, 6]
+    assert tensors["labels"][0, window.first_tokens].tolist() == [1, 2, 3, 4, 5, 6]
     assert int((tensors["labels"] != -100).sum()) == 6
 
 
@@ -214,16 +215,16 @@ def test_room_for_no_token_is_an_error():
 def test_batches_hold_like_lengths_in_an_order_drawn_from_the_seed():
     sentences = [list("京" * (1 + 37 * n % 120)) for n in range(2000)]
     windows = units("wordpiece", 256).windows(sentences)
-    first, again, other = (batches.batches(windows, 16, seed) for seed in (1, 1, 2))
+    first, again, other = (batches.shuffled(windows, 16, seed) for seed in (1, 1, 2))
     assert first == again != other
-    for made in (first, other, batches.batches(windows, 16, None)):
+    for made in (first, other, batches.by_length(windows, 16)):
         assert sorted(w.sentence for batch in made for w in batch) == list(range(2000))
         real = sum(len(w.ids) for batch in made for w in batch)
         padded = sum(max(len(w.ids) for w in batch) * len(batch) for batch in made)
         assert real / padded > 0.95, "hardly any padding"
     longest = [len(batch[0].ids) for batch in first]
     assert longest != sorted(longest, reverse=True) and max(map(len, first)) == 16
-    ordered = [len(w.ids) for batch in batches.batches(windows, 16, None) for w in batch]
+    ordered = [len(w.ids) for batch in batches.by_length(windows, 16) for w in batch]
     assert ordered == sorted(ordered, reverse=True)
     assert {frozenset(w.sentence for w in batch) for batch in first} != {
         frozenset(w.sentence for w in b) for b in other

@@ -10,65 +10,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from ner.corpus import Corpus, Sentence
 from ner.errors import UserError
 
 SCHEMES = {"BIO": "BI", "BIOES": "BIES", "BMES": "BMES", "BILOU": "BILU"}  # the prefixes beside O; all become IOB2
 STARTS, CLOSES = "BSU", "SUEL"  # prefixes that always start an entity; prefixes after which none is open
 FORM = "expected a character and its tag on each line, such as '北 B-LOC' (see data/README.md)"
 Raw = Iterator[tuple[list[str], list[str], int]]  # characters, tags as they are in the file, first line (from 1)
-
-
-@dataclass(slots=True)
-class Sentence:
-    """One block of a file: n characters (or words), their n IOB2 tags, and the line of the first (from 1)."""
-
-    chars: list[str]
-    tags: list[str]
-    line: int
-
-
-@dataclass
-class Corpus:
-    """The sentences of one file and what was found out while reading it."""
-
-    path: str
-    sentences: list[Sentence]
-    scheme: str  # "BIO", "IOB1", "BIOES", "BMES", "BILOU", or "offsets" for JSON lines
-    repairs: int = 0  # orphan tags that were made to start an entity
-    unit: str = "character"  # "word" when tokens of several characters are common
-    skipped: int = 0  # entities dropped because they overlap another, which tags cannot express
-    repair_line: int = 0  # where the first of the repairs stands
-    line_a_char: bool = True  # False where a line holds a whole sentence
-
-    @property
-    def characters(self) -> int:
-        return sum(len(sentence.chars) for sentence in self.sentences)
-
-    def entities(self) -> Counter:
-        """How many entities there are of each type."""
-        return Counter(tag[2:] for sentence in self.sentences for tag in sentence.tags if tag[0] == "B")
-
-    def describe(self) -> str:
-        """One log line: what was recognised, and the counts."""
-        types = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.entities().items())) or "none"
-        return (f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, "
-                f"scheme {self.scheme}, entities: {types}, {self.repairs:,} repairs")
-
-    def warnings(self) -> list[str]:
-        """What in this file was not as it should be, a line each."""
-        found = []
-        if self.repairs:
-            found.append(f"{self.path}:{self.repair_line}: first of {self.repairs:,} orphan tags (an I-, M-, E- or L- "
-                         "without the beginning of its entity): each was made to start an entity")
-        if self.skipped:
-            found.append(f"{self.path}: {self.skipped:,} entities dropped, as they overlap a longer or earlier one")
-        if not any(self.entities()):
-            found.append(f"{self.path}: no entity in the whole file")
-        return found
 
 
 def read(path: str, split: str = "train") -> Corpus:
