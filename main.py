@@ -69,7 +69,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
         files.write(run / "config.yaml", settings.dump(config))
         files.write(run / "environment.json", json.dumps(folder.environment(devices, dtype), indent=1) + "\n")
     torch.manual_seed(config.seed)  # new weights are drawn from it
-    model, tokenizer, meta = models.build(config, labels, corpus.unit, fast.attention(device))
+    model, tokenizer, meta = models.build(config, labels, corpus.unit, fast.attention_implementation(device))
     log.info("labels: %s", " ".join(labels))
     log.info("%s", models.trainable_line(model))
     fast.prepare(model, dtype, device)

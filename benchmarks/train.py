@@ -109,7 +109,7 @@ def steps(options):
     device, labels = devices.device, label_list(corpus.sentences)
     dtype, _ = fast.choose(settings.precision, device)
     torch.manual_seed(settings.seed)
-    model, tokenizer, meta = models.build(settings, labels, corpus.unit, fast.attention(device))
+    model, tokenizer, meta = models.build(settings, labels, corpus.unit, fast.attention_implementation(device))
     fast.prepare(model, dtype, device)
     optimizer = Optimizer(model, settings.learning_rate, settings.weight_decay, settings.averaging,
                                models.head_weights(model), settings.head_factor)

@@ -38,10 +38,11 @@ class Tagger:
         precision: as config.yaml calls it. Raises UserError where the model is missing or damaged.
         """
         from ner import kernels
+        from ner.precision import choose_dtype
         from ner import model as models
 
-        model, tokenizer, meta = models.load(run, device, attention=kernels.attention(device))
-        kernels.prepare(model, kernels.choose(precision, device)[0], device)
+        model, tokenizer, meta = models.load(run, device, attention=kernels.attention_implementation(device))
+        kernels.prepare(model, choose_dtype(precision, device)[0], device)
         return cls(model, tokenizer, meta, batch_size)
 
     def log_probs(self, sentences: list[list[str]]) -> list[np.ndarray]:
