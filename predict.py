@@ -141,11 +141,11 @@ def as_bio(text: str, entities: list[Entity], unit: str = "character") -> str:
 
 def as_html(text: str, entities: list[Entity], types: list[str] = ()) -> str:
     """The text as a paragraph with its entities marked; everything escaped."""
-    from ner import report
+    from ner import markup
 
     marked = [(e.type, e.start, e.end, None) for e in entities]
-    parts = report.segments(text, marked, whole=True)
-    return str(report.templates().sentence(parts, report.hues(types), report.language(text))).strip() + "\n"
+    parts = markup.segments(text, marked, whole=True)
+    return str(markup.templates().sentence(parts, markup.hues(types), markup.language(text))).strip() + "\n"
 
 
 def as_text(text: str, entities: list[Entity], types: list[str] = (), colour: bool = False, title: bool = True) -> str:
@@ -153,7 +153,7 @@ def as_text(text: str, entities: list[Entity], types: list[str] = (), colour: bo
 
     Control characters become pictures, so that no text can command the terminal. title: False leaves a plain text out.
     """
-    from ner.report import visible
+    from ner.markup import visible
 
     marked, at = [], 0
     for e in entities if colour else ():
@@ -170,10 +170,10 @@ def _format(name: str, predictor: Predictor, colour: bool, several: bool):
     """(head, record, tail) of a format: a text before, a function (text, entities) -> str, a text after."""
     types = predictor.types
     if name == "html":
-        from ner import report
+        from ner import markup
 
-        page = report.templates()
-        head = str(page.head("Entities")).lstrip() + str(page.legend(report.hues(types)))
+        page = markup.templates()
+        head = str(page.head("Entities")).lstrip() + str(page.legend(markup.hues(types)))
         return head, lambda text, found: as_html(text, found, types), str(page.tail()).lstrip()
     record = {"jsonl": as_json, "bio": lambda text, found: as_bio(text, found, predictor.unit),
               "text": lambda text, found: as_text(text, found, types, colour, several)}[name]

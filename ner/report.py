@@ -7,7 +7,6 @@ Whatever a run has not written yet is left out: an interrupted run has a report 
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -16,34 +15,12 @@ from collections import Counter
 from pathlib import Path
 
 from ner.errors import UserError, command
+from ner.markup import LONGEST_GAP, hues, language, segments, templates, visible
 
 WORST = 50  # sentences shown
-LONG = 160  # characters of text without an entity, past which the middle of the stretch is left out
-MANY = 80  # entities shown in one sentence
-HUES = (212, 28, 140, 285, 50, 335, 178, 0, 95, 250)  # degrees; neighbours in the list are far apart on the wheel
 
 CORRECT, BOUNDARY, TYPE, BOTH, MISSED, SPURIOUS = KINDS = (
     "correct", "wrong boundary", "wrong type", "wrong both", "missed", "spurious")
-
-# Control characters have a picture in Unicode; lone surrogates cannot be encoded at all.
-_PICTURES = {**{code: 0x2400 + code for code in range(32)}, 0x7F: 0x2421,
-             **{code: 0xFFFD for code in (*range(0x80, 0xA0), *range(0xD800, 0xE000))}}
-
-
-def visible(text: str) -> str:
-    """The text with control characters and lone surrogates made harmless: as many characters as before."""
-    return text.translate(_PICTURES)
-
-
-def language(text: str) -> str:
-    """The lang attribute by which a browser chooses the shapes of Chinese characters; "" where it does not matter."""
-    return "zh-CN" if re.search("[\u4e00-\u9fff]", text) and not re.search("[\u3040-\u30ff]", text) else ""
-
-
-def hues(types) -> dict[str, int]:
-    """type → hue in degrees, the same for the same set of types."""
-    types = sorted(set(types))
-    return {name: HUES[i] if i < len(HUES) else int(i * 137.5) % 360 for i, name in enumerate(types)}
 
 
 def pairs(gold: list[tuple], predicted: list[tuple]) -> list[tuple]:
@@ -77,27 +54,6 @@ def pairs(gold: list[tuple], predicted: list[tuple]) -> list[tuple]:
     return sorted(matched, key=lambda m: (m[1] or m[2])[1:])
 
 
-def segments(units, entities: list[tuple], joint: str = "", whole: bool = False) -> list[tuple]:
-    """Cuts a sentence into (text, type or None, kind or None) for the template's marks.
-
-    entities: (type, start, end, kind), sorted, not overlapping, in units. joint: what stands between two units ("" or
-    " "). Unless `whole`, long stretches without entities lose their middle, a sentence with very many entities its end.
-    """
-    parts, at, shown = [], 0, entities if whole else entities[:MANY]
-    for name, start, end, kind in [*shown, (None, len(units), len(units), None)]:
-        text = joint.join(units[at:start])
-        if len(text) > LONG and not whole:
-            text = f"{text[:LONG // 2]} … {text[-(LONG // 2):]}"
-        if text:
-            parts.append((visible(joint * (at > 0) + text + joint * (name is not None)), None, None))
-        if name is not None:
-            parts.append((visible(joint.join(units[start:end])), name, kind))
-        at = end
-    if len(entities) > len(shown):
-        parts.append((f" … and {len(entities) - MANY} more entities", None, None))
-    return parts
-
-
 def write(run: Path) -> Path:
     """Writes run/report.html from what the run folder holds and returns its path; UserError if there is no folder."""
     run = Path(run)
@@ -128,16 +84,6 @@ def write(run: Path) -> Path:
         "warnings": _warnings(run / "train.log"),
     }
     return _replace(run / "report.html", str(templates().report(page)).lstrip())
-
-
-@functools.cache
-def templates():
-    """The macros of report.html.j2 (head, sentence, tail, report), with autoescape."""
-    import jinja2
-
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("report.html.j2").module
 
 
 def _replace(path: Path, text: str) -> Path:
@@ -294,7 +240,7 @@ def _errors(path: Path) -> dict | None:
             "rows": [_row(cells, true, types) for true in [*types, None]],
             "kinds": [(name, [kinds.get(name, Counter())[kind] for kind in KINDS]) for name in types],
             "totals": [sum(kinds[name][kind] for name in kinds) for kind in KINDS],
-            "worst": [{"number": number, "wrong": -wrong, "lang": language("".join(chars[:LONG])),
+            "worst": [{"number": number, "wrong": -wrong, "lang": language("".join(chars[:LONGEST_GAP])),
                        "gold": segments(chars, _side(found, 1), joint),
                        "predicted": segments(chars, _side(found, 2), joint)}
                       for wrong, _, number, chars, found in sorted(worst, key=lambda w: w[:3])[:WORST]]}

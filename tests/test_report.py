@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ner import report
+from ner import markup, report
 from ner.errors import UserError
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
@@ -250,8 +250,8 @@ def test_every_entity_has_one_pair(gold, predicted):
 @given(st.text(min_size=60, max_size=60), entities())
 def test_segments_keep_the_text(text, found):
     found = [(*entity, None) for entity in found if entity[2] <= len(text)]
-    parts = report.segments(text, found, whole=True)
-    assert "".join(part for part, _, _ in parts) == report.visible(text)
+    parts = markup.segments(text, found, whole=True)
+    assert "".join(part for part, _, _ in parts) == markup.visible(text)
     assert [name for _, name, _ in parts if name] == [entity[0] for entity in found]
 
 
@@ -260,7 +260,7 @@ def test_long_sentences_are_shortened(tmp_path):
     gold = [("LOC", 5000 + 2 * i, 5002 + 2 * i) for i in range(300)]
     run = fill(tmp_path / "run", [sentence(text, gold, [])])
     page = Page(report.write(run))
-    assert page.text.count("长") < 2 * 5000 and f"and {300 - report.MANY} more entities" in page.text
+    assert page.text.count("长") < 2 * 5000 and f"and {300 - markup.MOST_ENTITIES} more entities" in page.text
 
 
 def test_words_are_joined_by_spaces(tmp_path):
@@ -269,9 +269,9 @@ def test_words_are_joined_by_spaces(tmp_path):
 
 
 def test_hues_differ():
-    assert len(set(report.hues("ABCDEFGHIJ").values())) == 10
-    assert report.hues(["B", "A"]) == report.hues(["A", "B", "A"])
-    assert all(0 <= hue < 360 for hue in report.hues(map(str, range(40))).values())
+    assert len(set(markup.hues("ABCDEFGHIJ").values())) == 10
+    assert markup.hues(["B", "A"]) == report.hues(["A", "B", "A"])
+    assert all(0 <= hue < 360 for hue in markup.hues(map(str, range(40))).values())
 
 
 def test_not_a_folder(tmp_path, capsys):
