@@ -1,82 +1,195 @@
-"""Scores → tags: argmax or Viterbi; tags → spans, the one definition of an entity."""
+"""Scores → tags: argmax or Viterbi, with a CRF's transitions where there is one; tags → spans.
+
+`spans` is the one definition of an entity: predictions, reports and scores all go by it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-FORBIDDEN = np.float32(-1e30)  # finite, so that sums of it with themselves and with scores stay comparable
+FORBIDDEN = np.float32(-1e30)  # finite, so that sums of it stay comparable
+Advance = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # see _Scheme.advance
+MEMORY = 2_000_000  # table entries that one batch of Viterbi holds at most
 
 
-def decode(scores: list[np.ndarray], labels: list[str], how: str) -> list[np.ndarray]:
-    """Label indices, int64 [n], for each sentence's scores [n, labels]; `how` is "argmax" or "viterbi"."""
+def decode(
+    scores: list[np.ndarray], labels: list[str], how: str, transitions: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Return the label indices, int64 [n], of each sentence's scores, float [n, labels].
+
+    how: "argmax" or "viterbi". transitions: a CRF's scores, float32 [labels, labels], of a step from one label (row)
+    to the next (column); with them the path is the best by scores and transitions, whatever `how` says.
+    """
+    if transitions is not None:
+        return crf_viterbi(scores, labels, transitions)
     if how == "viterbi":
         return viterbi(scores, labels)
     return [np.argmax(rows, axis=-1) if len(rows) else np.zeros(0, np.int64) for rows in scores]
 
 
-def viterbi(scores: list[np.ndarray], labels: list[str]) -> list[np.ndarray]:
-    """The best label indices, int64 [n], that IOB2 allows, for each sentence's log-probabilities [n, labels].
-
-    Exact. Without the constraint argmax would be best, and nearly everywhere it is well-formed already. So argmax
-    stands, and only stretches around a forbidden step are solved by dynamic programming, all of them in one batch per
-    length; they grow until no step is forbidden. What is best with some steps unchecked, and checks, is best of all.
-    """
-    lengths = [len(rows) for rows in scores]
-    if not sum(lengths):
-        return [np.zeros(0, np.int64) for _ in scores]
-    flat = np.concatenate([rows for rows in scores if len(rows)]).astype(np.float32)
-    flat = np.nan_to_num(flat, copy=False, nan=-1e9, neginf=-1e9, posinf=1e9)
-    inside = np.array([label.startswith("I-") for label in labels])
-    allowed = np.array([[after[:2] != "I-" or before[1:] == after[1:] for after in labels] for before in labels])
-    begins = np.cumsum([0] + [n for n in lengths if n])[:-1]
-    flat[begins[:, None], np.flatnonzero(inside)] = FORBIDDEN  # no sentence starts inside an entity
-    path = flat.argmax(axis=1)
-    cut = np.ones(len(flat), bool)  # True where a stretch begins, that is, where the step is not looked at
-    radius = 2
-    while len(clash := np.flatnonzero(~allowed[path[:-1], path[1:]] & cut[1:])):
-        depth = np.zeros(len(flat) + 1, np.int64)
-        np.add.at(depth, np.maximum(clash + 1 - radius, 0), 1)
-        np.add.at(depth, np.minimum(clash + 2 + radius, len(flat)), -1)
-        cut &= np.cumsum(depth[:-1]) == 0
-        cut[begins] = True
-        radius *= 2
-        _solve(flat, np.flatnonzero(cut), np.where(allowed, np.float32(0), FORBIDDEN), path)
-    return np.split(path, np.cumsum(lengths)[:-1])
-
-
-def _solve(flat: np.ndarray, begins: np.ndarray, steps: np.ndarray, path: np.ndarray) -> None:
-    """Viterbi over the stretches of `flat` [N, labels] that begin at `begins`; writes those longer than 1 into `path`.
-
-    Stretches of like length (to the next power of two) are padded with rows in which only O, label 0, costs nothing.
-    """
-    sizes = np.diff(np.append(begins, len(flat)))
-    widths = 1 << np.ceil(np.log2(sizes)).astype(int)
-    for width in np.unique(widths[sizes > 1]):
-        chosen = np.flatnonzero((widths == width) & (sizes > 1))
-        for group in np.array_split(chosen, -(-len(chosen) * width // 262_144)):  # bounds the memory
-            time = begins[group][:, None] + np.arange(width)
-            real = np.arange(width) < sizes[group][:, None]
-            emit = np.where(real[:, :, None], flat[np.minimum(time, len(flat) - 1)], FORBIDDEN)
-            emit[~real, 0] = 0
-            best, back = emit[:, 0], np.empty((width, *emit[:, 0].shape), np.int16)
-            for t in range(1, width):
-                options = best[:, :, None] + steps
-                back[t] = options.argmax(axis=1)
-                best = options.max(axis=1) + emit[:, t]
-            labels = np.empty(time.shape, np.int64)
-            labels[:, -1] = best.argmax(axis=1)
-            for t in range(width - 1, 0, -1):
-                labels[:, t - 1] = back[t, np.arange(len(group)), labels[:, t]]
-            path[time[real]] = labels[real]
-
-
 def spans(tags: list[str]) -> list[tuple[str, int, int]]:
-    """The entities of IOB2 tags as (type, start, end), half-open; an orphan I starts one."""
-    found, kind, start = [], None, 0
+    """Return the entities of IOB2 tags as (type, start, end), half-open.
+
+    Strict, as seqeval scores: an entity starts with its B. An I that follows neither a B nor an entity's I of its type
+    (an orphan) belongs to none.
+    """
+    entities, kind, start = [], None, 0
     for index, tag in enumerate(tags):
         if kind is not None and tag != "I-" + kind:
-            found.append((kind, start, index))
+            entities.append((kind, start, index))
             kind = None
-        if kind is None and tag != "O":
+        if tag.startswith("B-"):
             kind, start = tag[2:], index
     if kind is not None:
-        found.append((kind, start, len(tags)))
-    return found
+        entities.append((kind, start, len(tags)))
+    return entities
+
+
+def orphans(tags: list[str]) -> int:
+    """Return how many tags are orphans: an I without the beginning of its entity."""
+    return sum(tag != "O" for tag in tags) - sum(end - start for _, start, end in spans(tags))
+
+
+def allowed_steps(labels: list[str]) -> np.ndarray:
+    """Return bool [labels, labels]: whether IOB2 lets the column's label follow the row's."""
+    return np.array([[after[:2] != "I-" or before[1:] == after[1:] for after in labels] for before in labels])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheme:
+    """The labels as columns of the scores: what Viterbi needs to know about them.
+
+    inside: int64 [types], the columns of the I labels. begin: int64 [types], the column of the B label of each of them
+    (its own column where there is none). is_inside: bool [labels]. kind: int64 [labels], equal for B and I of a type.
+    """
+
+    inside: np.ndarray
+    begin: np.ndarray
+    is_inside: np.ndarray
+    kind: np.ndarray
+
+    @classmethod
+    def of(cls, labels: list[str]) -> "_Scheme":
+        column = {label: index for index, label in enumerate(labels)}
+        kinds = {kind: number for number, kind in enumerate(dict.fromkeys(label[1:] for label in labels))}
+        inside = [index for label, index in column.items() if label.startswith("I-")]
+        begin = [column.get("B" + labels[index][1:], index) for index in inside]
+        is_inside = np.array([label.startswith("I-") for label in labels])
+        kind = np.array([kinds[label[1:]] for label in labels])
+        return cls(np.array(inside, np.int64), np.array(begin, np.int64), is_inside, kind)
+
+    def advance(self, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take the worths [rows, labels] of the best paths to each label one step on, as IOB2 allows.
+
+        Returns (what the best path to each next label is worth before that label's own score, the label it comes from),
+        both [rows, labels]. O and B may follow anything, so they follow the best of all; an I has only two choices, B
+        and I of its type. That takes O(labels), not their square. Worths are relative to the best, to keep them small.
+        """
+        leader = best.argmax(axis=1)[:, None]
+        begin, inside = best[:, self.begin], best[:, self.inside]
+        reached, before = np.zeros_like(best), np.repeat(leader, best.shape[1], axis=1)
+        reached[:, self.inside] = np.maximum(begin, inside) - np.take_along_axis(best, leader, axis=1)
+        before[:, self.inside] = np.where(inside > begin, self.inside, self.begin)
+        return reached, before
+
+    def broken_steps(self, path: np.ndarray, is_start: np.ndarray) -> np.ndarray:
+        """Return the positions of a path, int64 [n], whose label may not follow the one before in its sentence."""
+        before, after = path[:-1], path[1:]
+        return 1 + np.flatnonzero(self.is_inside[after] & (self.kind[before] != self.kind[after]) & ~is_start[1:])
+
+
+def viterbi(scores: list[np.ndarray], labels: list[str]) -> list[np.ndarray]:
+    """Return the best label indices, int64 [n], that IOB2 allows, of each sentence's scores, float [n, labels].
+
+    Exact. Argmax is the best path without the constraint, and nearly everywhere it is well-formed. So it stands but for
+    stretches around its broken steps, which are solved with free ends. Where a step into or out of a stretch is broken
+    then, stretches grow and are solved anew. What comes out is best among paths of which only some steps are
+    constrained, and as it is well-formed it is the best of those too.
+    """
+    flat, starts = _flatten(scores)
+    if not len(flat):
+        return [np.zeros(0, np.int64) for _ in scores]
+    scheme = _Scheme.of(labels)
+    flat[starts[:, None], scheme.inside] = FORBIDDEN  # no sentence starts inside an entity
+    path = flat.argmax(axis=1)
+    joined = np.zeros(len(flat), bool)  # whether a position's step from the one before is constrained
+    radius = 2
+    is_start = np.zeros(len(flat), bool)
+    is_start[starts] = True
+    while len(broken := scheme.broken_steps(path, is_start)):
+        for position in broken:
+            joined[max(0, position - radius) : position + radius + 1] = True
+        joined[starts] = False
+        for begins, sizes in _batches(*_stretches(joined), len(labels)):
+            _solve(flat, begins, sizes, scheme.advance, path)
+        radius *= 2
+    return np.split(path, np.cumsum([len(rows) for rows in scores])[:-1])
+
+
+def crf_viterbi(scores: list[np.ndarray], labels: list[str], transitions: np.ndarray) -> list[np.ndarray]:
+    """Return the label indices, int64 [n], with the highest sum of scores [n, labels] and transitions [labels, labels].
+
+    No path starts inside an entity or takes a step that IOB2 forbids, whatever the transitions are.
+    """
+    flat, starts = _flatten(scores)
+    flat[starts[:, None], _Scheme.of(labels).inside] = FORBIDDEN
+    steps = np.where(allowed_steps(labels), transitions, FORBIDDEN).astype(np.float32)
+
+    def advance(best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        options = best[:, :, None] + steps
+        reached = options.max(axis=1)
+        return reached - reached.max(axis=1, keepdims=True), options.argmax(axis=1)
+
+    path = np.zeros(len(flat), np.int64)
+    sizes = np.array([len(rows) for rows in scores if len(rows)], np.int64)
+    for begins, group in _batches(starts, sizes, len(labels), at_once=MEMORY // len(labels) ** 2):
+        _solve(flat, begins, group, advance, path)
+    return np.split(path, np.cumsum([len(rows) for rows in scores])[:-1]) if scores else []
+
+
+def _flatten(scores: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all rows in one array, float32 [N, labels] within ±1e9, and where each sentence starts in it."""
+    rows = [part for part in scores if len(part)]
+    starts = np.cumsum([0] + [len(part) for part in rows])[:-1].astype(np.int64)
+    if not rows:
+        return np.zeros((0, 1), np.float32), starts
+    flat = np.concatenate(rows, dtype=np.float32)
+    return np.clip(np.nan_to_num(flat, copy=False, nan=-1e9), -1e9, 1e9, out=flat), starts
+
+
+def _stretches(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return begin and size, int64 [stretches], of the runs of two positions or more that are joined to each other."""
+    begins = np.flatnonzero(~joined)
+    sizes = np.diff(np.append(begins, len(joined)))
+    return begins[sizes > 1], sizes[sizes > 1]
+
+
+def _batches(
+    begins: np.ndarray, sizes: np.ndarray, labels: int, at_once: int = MEMORY
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield begins and sizes of stretches, longest first, so many together that their tables fit into MEMORY."""
+    order = np.argsort(-sizes, kind="stable")
+    done = 0
+    while done < len(order):
+        group = order[done : done + max(1, min(at_once, MEMORY // (labels * int(sizes[order[done]]))))]
+        yield begins[group], sizes[group]
+        done += len(group)
+
+
+def _solve(flat: np.ndarray, begins: np.ndarray, sizes: np.ndarray, advance: Advance, path: np.ndarray) -> None:
+    """Write into `path`, int64 [N], the best labels of stretches of `flat` [N, labels], longest first.
+
+    One dynamic programme over all stretches at once: at position t those that are longer than t take part.
+    """
+    best = flat[begins]  # [stretches, labels]: the worth of the best path to each label
+    before = np.empty((int(sizes[0]), *best.shape), np.int16)  # the last label but one of that path
+    longer = np.searchsorted(-sizes, -np.arange(sizes[0])).tolist()  # how many stretches are longer than t
+    for t, count in enumerate(longer[1:], 1):
+        reached, before[t, :count] = advance(best[:count])
+        best[:count] = flat[begins[:count] + t] + reached
+    label = best.argmax(axis=1)
+    for t, count in reversed(list(enumerate(longer))):
+        path[begins[:count] + t] = label[:count]
+        if t:
+            label[:count] = before[t, np.arange(count), label[:count]]

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import loader
-from ner import decoding, formats, survey
+from ner import formats, survey
 from ner.corpus import label_list, sample
 from ner.errors import UserError
 
@@ -142,17 +142,6 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_a_type_with_hyphens_stays_whole(tmp_path):
     assert tags_of(tmp_path, "x B-PER-NOM\nx I-PER-NOM\nx I-PER\n") == [["B-PER-NOM", "I-PER-NOM", "B-PER"]]
-
-
-def test_spans():
-    assert decoding.spans("B-A I-A O B-A B-A I-B I-B O I-A".split()) == [
-        ("A", 0, 2),
-        ("A", 3, 4),
-        ("A", 4, 5),
-        ("B", 5, 7),
-        ("A", 8, 9),
-    ]
-    assert decoding.spans([]) == [] and decoding.spans(["O"]) == [] and decoding.spans(["B-A"]) == [("A", 0, 1)]
 
 
 def test_labels_are_in_a_fixed_order(tmp_path):

@@ -10,8 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ner import batches, decoding, formats
-from ner.corpus import label_list
+from ner import batches
 from ner.windows import Windower, Window, stitch, text_units
 from ner.errors import UserError
 
@@ -229,85 +228,6 @@ def test_batches_hold_like_lengths_in_an_order_drawn_from_the_seed():
     assert {frozenset(w.sentence for w in batch) for batch in first} != {
         frozenset(w.sentence for w in b) for b in other
     }
-
-
-LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
-
-
-def well_formed(path, labels):
-    return all(
-        not labels[b].startswith("I-") or a is not None and labels[a][1:] == labels[b][1:]
-        for a, b in itertools.pairwise([None, *path])
-    )
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(data=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 10**6)), min_size=1, max_size=5))
-def test_viterbi_finds_the_best_well_formed_path(data):
-    scores = [np.random.default_rng(seed).normal(size=(n, len(LABELS))).astype(np.float32) for n, seed in data]
-    for rows, path in zip(scores, decoding.viterbi(scores, LABELS), strict=True):
-        assert len(path) == len(rows) and well_formed(path, LABELS)
-        best = (
-            max(
-                (
-                    sum(rows[t, label] for t, label in enumerate(guess))
-                    for guess in itertools.product(range(len(LABELS)), repeat=len(rows))
-                    if well_formed(guess, LABELS)
-                ),
-                default=0,
-            )
-            if len(rows) < 6
-            else None
-        )
-        if best is not None:
-            assert sum(rows[t, label] for t, label in enumerate(path)) == pytest.approx(best, abs=1e-4)
-
-
-def plain_viterbi(rows, labels):
-    """The textbook's, one step after the other."""
-    steps = np.array([[0.0 if not b.startswith("I-") or a[1:] == b[1:] else -np.inf for b in labels] for a in labels])
-    best, back = np.where([label.startswith("I-") for label in labels], -np.inf, rows[0]), []
-    for row in rows[1:]:
-        options = best[:, None] + steps
-        back.append(options.argmax(0))
-        best = options.max(0) + row
-    path = [int(best.argmax())]
-    for pointers in reversed(back):
-        path.append(int(pointers[path[-1]]))
-    return path[::-1]
-
-
-@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
-def test_viterbi_on_long_sentences_is_the_textbooks(sharpness):
-    labels = label_list([formats.Sentence([], [f"B-{kind}" for kind in "ABCDEFG"], 1)])
-    draw = np.random.default_rng(3)
-    scores = [draw.normal(size=(n, len(labels))) * sharpness for n in (1, 700, 33, 0, 64, 2)]
-    for rows, path in zip(scores, decoding.decode(scores, labels, "viterbi"), strict=True):
-        assert well_formed(path, labels)
-        if len(rows):
-            plain = plain_viterbi(rows.astype(np.float32), labels)
-            assert rows[np.arange(len(rows)), path].sum() == pytest.approx(
-                rows[np.arange(len(rows)), plain].sum(), abs=1e-2
-            )
-
-
-def test_viterbi_survives_what_a_broken_model_gives():
-    for value in (np.nan, np.inf, -np.inf, 0.0):
-        (path,) = decoding.viterbi([np.full((50, 5), value, np.float32)], LABELS)
-        assert len(path) == 50 and well_formed(path, LABELS)
-    assert [list(path) for path in decoding.viterbi([np.zeros((0, 5))], LABELS)] == [[]]
-    assert decoding.viterbi([], LABELS) == []
-
-
-def test_viterbi_takes_a_million_characters():
-    scores = np.random.default_rng(0).normal(size=(1_000_000, 5)).astype(np.float32)
-    (path,) = decoding.viterbi([scores], LABELS)
-    assert len(path) == 1_000_000 and well_formed(path[:5000], LABELS)
-
-
-def test_argmax_takes_each_character_by_itself():
-    paths = decoding.decode([np.eye(5, dtype=np.float32)[[2, 0, 4]], np.zeros((0, 5), np.float32)], LABELS, "argmax")
-    assert [list(path) for path in paths] == [[2, 0, 4], []]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
