@@ -15,6 +15,7 @@ from ner import config as settings
 from ner import encoder
 from ner import model as models
 from ner.errors import UserError
+from ner.tunings import TUNINGS
 
 OPSET = 17
 FURTHEST = 1e-3  # the most by which an ONNX logit may differ from torch's
@@ -151,7 +152,7 @@ def write_card(run) -> Path:
     meta = models.read_meta(run / "model")
     config = settings.load(["--config", str(run / "config.yaml")])[0]
     shown = {key: _public(getattr(config, key)) for key in ("train", "dev", "test", "pretrained", "output")}
-    adapter = not isinstance(models.TUNINGS[meta["tuning"]], str)
+    adapter = TUNINGS[meta["tuning"]].adapter is not None
     head = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "token-classification",
@@ -167,7 +168,7 @@ def write_card(run) -> Path:
         name=_public(run.name), types=types, pretrained=shown["pretrained"], tuning=meta["tuning"], data=data,
         scores=_score_table("Scores on test", test) + _score_table("Best epoch, on dev", _best_dev(run)),
         load=(LOAD_ADAPTER if adapter else LOAD_PLAIN).format(count=len(meta["labels"])) + VIRTUAL_NOTE.format(
-            tokens=meta["virtual_tokens"]) * (meta["tuning"] in ("prompt", "ptuning")),
+            tokens=meta["virtual_tokens"]) * TUNINGS[meta["tuning"]].virtual_logits,
         labels=" ".join(meta["labels"]), config=settings.dump(config.model_copy(update=shown)),
     )  # fmt: skip
     path = run / "model" / "README.md"
@@ -189,7 +190,7 @@ def push(run, name: str) -> str:
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
         adapter, local = (run / "model" / "adapter_config.json").exists(), Path(meta["pretrained"]).is_absolute()
-        if adapter and local and meta["tuning"] not in models.VIRTUAL:
+        if adapter and local and not TUNINGS[meta["tuning"]].virtual_tokens:
             merge(run, folder)
             text = card.read_text("utf-8").replace(LOAD_ADAPTER.format(count=len(meta["labels"])), LOAD_PLAIN)
             (folder / "README.md").write_text(text.replace('"peft"', '"transformers"', 1), "utf-8")
@@ -283,7 +284,7 @@ def _check_new(folder) -> None:
 
 
 def _refuse_virtual(meta: dict, done: str) -> None:
-    if meta["tuning"] in models.VIRTUAL:
+    if TUNINGS[meta["tuning"]].virtual_tokens:
         raise UserError(f"tuning {meta['tuning']} cannot be {done}: its virtual tokens are no weights of the encoder")
 
 

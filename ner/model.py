@@ -20,33 +20,13 @@ import torch
 from ner import encoder
 from ner.config import ROOT
 from ner.errors import UserError
+from ner.tunings import TUNINGS
 
 log = logging.getLogger("__main__")  # the run's log
 META = {"labels": list, "unit": str, "special_tokens": bool, "max_length": int, "decode": str, "tuning": str,
         "pretrained": str, "virtual_tokens": int}  # fmt: skip
-VIRTUAL = ("prompt", "prefix", "ptuning")
 SHORTEST = 8  # tokens a window needs
 UNUSUAL = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")  # left to peft to merge
-
-# tuning -> the peft config, from (peft, what every adapter is told, what lora's kin is told, config); or, where there
-# is no adapter, the pattern of the names of the weights that are trained beside the head
-TUNINGS = {
-    "lora": lambda peft, every, lora, c: peft.LoraConfig(**every, **lora, r=c.lora.r),
-    "dora": lambda peft, every, lora, c: peft.LoraConfig(**every, **lora, r=c.lora.r, use_dora=True),
-    "rslora": lambda peft, every, lora, c: peft.LoraConfig(**every, **lora, r=c.lora.r, use_rslora=True),
-    "adalora": lambda peft, every, lora, c: peft.AdaLoraConfig(
-        **every, **lora, target_r=c.lora.r, init_r=c.lora.r + (c.lora.r + 1) // 2, total_step=10**9
-    ),
-    "ia3": lambda peft, every, lora, c: peft.IA3Config(**every),
-    "prompt": lambda peft, every, lora, c: peft.PromptTuningConfig(
-        **every, num_virtual_tokens=c.virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
-    ),
-    "prefix": lambda peft, every, lora, c: peft.PrefixTuningConfig(**every, num_virtual_tokens=c.virtual_tokens),
-    "ptuning": lambda peft, every, lora, c: peft.PromptEncoderConfig(**every, num_virtual_tokens=c.virtual_tokens),
-    "full": ".*",
-    "bitfit": r"bias$",
-    "freeze": r"(?!)",
-}
 
 
 def build(config, labels: list[str], unit: str, attention: str | None = None):
@@ -69,7 +49,7 @@ def build(config, labels: list[str], unit: str, attention: str | None = None):
     meta = {
         "labels": list(labels), "unit": unit, "special_tokens": config.special_tokens,
         "max_length": _longest(model, config), "decode": config.decode, "tuning": config.tuning, "pretrained": name,
-        "virtual_tokens": config.virtual_tokens if config.tuning in VIRTUAL else 0,
+        "virtual_tokens": config.virtual_tokens if TUNINGS[config.tuning].virtual_tokens else 0,
     }  # fmt: skip
     return _tune(model, config), tokenizer, meta
 
@@ -164,7 +144,7 @@ def load(folder, device="cpu", merged: bool = True, attention: str | None = None
     if not (folder / "ner.json").exists() and (folder / "model" / "ner.json").exists():
         folder = folder / "model"
     meta = read_meta(folder)
-    if isinstance(TUNINGS[meta["tuning"]], str):
+    if TUNINGS[meta["tuning"]].adapter is None:
         encoder.check_weights(folder, str(folder))
         settings = encoder.read_settings(str(folder), str(folder))
         if [settings.id2label.get(i) for i in range(len(settings.id2label))] != meta["labels"]:
@@ -178,21 +158,16 @@ def load(folder, device="cpu", merged: bool = True, attention: str | None = None
 
 def _tune(model, config):
     """The model with the weights that its tuning trains, and no others, requiring gradients; wrapped where by peft."""
-    line, heads = TUNINGS[config.tuning], encoder.heads(model)
-    if isinstance(line, str):
+    tuning, heads = TUNINGS[config.tuning], encoder.heads(model)
+    if tuning.adapter is None:
         for name, weight in model.named_parameters():
-            weight.requires_grad_(name.split(".")[0] in heads or re.search(line, name) is not None)
+            weight.requires_grad_(name.split(".")[0] in heads or tuning.trains_weight(name))
         return model
     import peft
 
-    every = {"task_type": peft.TaskType.TOKEN_CLS}
-    if not set(heads) <= {"classifier", "score"} and config.tuning not in VIRTUAL:
-        every["modules_to_save"] = heads  # those two peft adds by itself
-    lora = {"lora_alpha": config.lora.alpha, "lora_dropout": config.lora.dropout, "bias": config.lora.bias}
-    lora |= {"target_modules": config.lora.target_modules, "exclude_modules": heads}
     try:
         with encoder.quiet():
-            model = peft.get_peft_model(model, line(peft, every, lora, config), autocast_adapter_dtype=False)
+            model = peft.get_peft_model(model, tuning.peft_config(config, heads), autocast_adapter_dtype=False)
     except (ValueError, KeyError) as error:
         kind = model.config.model_type
         raise UserError(f"tuning {config.tuning} does not fit {kind} encoders: {encoder.first_line(error)}") from None
@@ -262,7 +237,7 @@ def _load_adapter(folder: Path, meta: dict, merged: bool, attention: str | None)
     settings = encoder.read_settings(source, what, meta["labels"])
     model = encoder.read_model(source, what, settings, attention, new_head=True)
     adapter = encoder.read_json(settings_file)
-    if merged and meta["tuning"] in ("lora", "rslora") and not any(adapter.get(key) for key in UNUSUAL):
+    if merged and TUNINGS[meta["tuning"]].merges_plainly and not any(adapter.get(key) for key in UNUSUAL):
         return merge_lora(model, tensors, adapter, folder)
     import peft
 
@@ -275,7 +250,7 @@ def _load_adapter(folder: Path, meta: dict, merged: bool, attention: str | None)
         if wanted != set(tensors):
             odd = sorted(wanted ^ set(tensors))
             raise UserError(f"{folder}: {file.name} does not fit adapter_config.json, see {odd[0]}")
-        if merged and meta["tuning"] not in VIRTUAL:
+        if merged and TUNINGS[meta["tuning"]].merges:
             return model.merge_and_unload()
     return _cut_virtual(model)
 
@@ -330,7 +305,7 @@ def _longest(model, config) -> int:
             positions -= module.padding_idx + 1  # RoBERTa counts from after its padding index
     if positions <= 0:
         return config.max_length  # relative positions: no limit
-    room = positions - (config.virtual_tokens if config.tuning in VIRTUAL else 0)
+    room = positions - (config.virtual_tokens if TUNINGS[config.tuning].virtual_tokens else 0)
     if room < SHORTEST:
         raise UserError(f"virtual_tokens {config.virtual_tokens} is too many for {positions} positions; "
                         f"give at most {positions - SHORTEST}")  # fmt: skip

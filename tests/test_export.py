@@ -19,6 +19,8 @@ from ner import config
 from ner import export
 from ner import formats
 from ner import model
+from ner import tagging
+import model as model_command
 import predict
 from ner.errors import UserError
 
@@ -62,7 +64,7 @@ def run(encoder, tmp_path_factory):
 
 def predictor(folder):
     """predict.py's, in float32 whatever the device does fastest."""
-    return predict.Predictor(*model.load(folder))
+    return predict.Predictor(tagging.Tagger(*model.load(folder)))
 
 
 def tagged(folder, texts):
@@ -187,7 +189,7 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
     def command(*argv):
         monkeypatch.setattr(sys, "argv", ["model.py", *map(str, argv)])
         try:
-            model.main()
+            model_command.main()
         except SystemExit as ended:
             return ended.code, capsys.readouterr()
         return 0, capsys.readouterr()

@@ -19,6 +19,7 @@ from ner import config
 from ner import encoder
 from ner import model
 from ner.errors import UserError
+from ner.tunings import TUNINGS
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 SHARED = config.ROOT.parent / "shared" / "candidate_encoder"
@@ -89,7 +90,7 @@ def train(network, steps=6):
 # every tuning
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-@pytest.mark.parametrize("tuning", model.TUNINGS)
+@pytest.mark.parametrize("tuning", TUNINGS)
 def test_saved_and_loaded_gives_the_same_logits(encoders, tmp_path, tuning, kind):
     network, tokenizer, meta = built(encoders[kind], "--tuning", tuning)
     losses = train(network.train())
@@ -108,7 +109,7 @@ def test_saved_and_loaded_gives_the_same_logits(encoders, tmp_path, tuning, kind
     assert os.listdir(tmp_path) == ["model"], "nothing temporary stays"
 
 
-@pytest.mark.parametrize("tuning", model.TUNINGS)
+@pytest.mark.parametrize("tuning", TUNINGS)
 def test_only_what_the_tuning_trains_is_trained(encoders, tuning):
     network, _, _ = built(encoders["bert"], "--tuning", tuning)
     trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
@@ -170,7 +171,7 @@ def test_loading_a_lora_needs_no_peft_and_says_nothing(saved):
     assert (done.stdout, done.stderr) == ("False\n", ""), "no peft, and not a word of noise"
 
 
-@pytest.mark.parametrize("tuning", model.VIRTUAL)
+@pytest.mark.parametrize("tuning", [name for name, tuning in TUNINGS.items() if tuning.virtual_tokens])
 @pytest.mark.parametrize("kind, positions", [("bert", 128), ("roberta", 64)])
 def test_virtual_tokens_fit_labels_and_positions(encoders, tuning, kind, positions):
     argv = ("--tuning", tuning, "--virtual_tokens", "5", "--max_length", "200")
@@ -187,7 +188,7 @@ def test_virtual_tokens_fit_labels_and_positions(encoders, tuning, kind, positio
         built(encoders[kind], "--tuning", tuning, "--virtual_tokens", str(positions - 7))
 
 
-@pytest.mark.parametrize("tuning", model.TUNINGS)
+@pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_tuning_runs_in_bfloat16(encoders, tuning):
     network, _, _ = built(encoders["bert"], "--tuning", tuning)
     wanted = logits(network)
