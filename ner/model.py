@@ -20,11 +20,10 @@ import torch
 from ner import encoder
 from ner.config import ROOT
 from ner.errors import UserError
+from ner.meta import model_folder, read_meta
 from ner.tunings import TUNINGS
 
 log = logging.getLogger("__main__")  # the run's log
-META = {"labels": list, "unit": str, "special_tokens": bool, "max_length": int, "decode": str, "tuning": str,
-        "pretrained": str, "virtual_tokens": int}  # fmt: skip
 SHORTEST = 8  # tokens a window needs
 UNUSUAL = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")  # left to peft to merge
 
@@ -140,9 +139,7 @@ def load(folder, device="cpu", merged: bool = True, attention: str | None = None
     merged: adapters that can be merged into the encoder are (faster, no peft needed); False keeps them apart.
     Raises UserError naming the file that is missing, damaged or does not fit the others.
     """
-    folder = Path(folder)
-    if not (folder / "ner.json").exists() and (folder / "model" / "ner.json").exists():
-        folder = folder / "model"
+    folder = model_folder(folder)
     meta = read_meta(folder)
     if TUNINGS[meta["tuning"]].adapter is None:
         encoder.check_weights(folder, str(folder))
@@ -312,25 +309,6 @@ def _longest(model, config) -> int:
     if room < config.max_length:
         log.warning("max_length %d is more than the encoder has positions for; using %d", config.max_length, room)
     return min(config.max_length, room)
-
-
-def read_meta(folder: Path) -> dict:
-    """What ner.json of a saved model holds, checked. Raises UserError."""
-    if not (folder / "ner.json").is_file():
-        raise UserError(f"{folder}: there is no ner.json, so it is no saved model; expected the model folder of a run")
-    file = folder / "ner.json"
-    meta = encoder.read_json(file)
-    for key, kind in META.items():
-        if type(meta.get(key)) is not kind:
-            raise UserError(f"{file}: {key} is {meta.get(key)!r}; expected {kind.__name__}, the file is damaged")
-    labels = meta["labels"]
-    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
-        raise UserError(f"{file}: labels must be different texts; the file is damaged")
-    if meta["tuning"] not in TUNINGS:
-        raise UserError(f"{file}: tuning is {meta['tuning']!r}; expected one of {', '.join(TUNINGS)}")
-    if meta["unit"] not in ("character", "word") or meta["decode"] not in ("argmax", "viterbi"):
-        raise UserError(f"{file}: unit or decode has a value that does not exist; the file is damaged")
-    return meta
 
 
 def _umask() -> int:

@@ -17,6 +17,7 @@ import torch
 
 from ner import config
 from ner import encoder
+from ner import meta as meta_file
 from ner import model
 from ner.errors import UserError
 from ner.tunings import TUNINGS
@@ -225,7 +226,7 @@ def test_labels_and_dropout_are_in_the_model(encoders, tmp_path):
     assert {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
     kept = built(encoders["bert"], "--dropout", "null")[0]
     assert {module.p for module in kept.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
-    assert set(meta) == set(model.META)
+    assert set(meta) == set(meta_file.KEYS)
 
 
 def test_standard_loaders_read_an_adapter(encoders, tmp_path):
