@@ -1,58 +1,113 @@
-"""Scores a saved run on labelled sentences: `python evaluate.py --run RUN --data FILE`."""
+"""Scores a saved run on labelled sentences, by the model as it was trained.
+
+    python evaluate.py                                  # the newest finished run, on its test file
+    python evaluate.py --run output/RUN --data FILE     # another run, other sentences
+    python evaluate.py --json scores.json               # the scores as JSON too; - prints nothing else
+
+Nothing heavy is imported up here and importing does nothing, so that a package which looks for the library of the
+same name finds a harmless module.
+"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ner.errors import UserError, command
-from ner.scores import newest_run, score_sentences, table
+
+if TYPE_CHECKING:
+    from ner.config import Config
+    from ner.corpus import Corpus
+    from ner.tagging import Tagger
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Scores a saved run: strict entities by type, micro, macro, weighted.")
-    parser.add_argument("--run", help="the run's folder (default: the newest finished one under output/)")
-    parser.add_argument("--data", help="a labelled file or hub:NAME (default: the test file of the run)")
-    parser.add_argument("--json", metavar="FILE", help="write the scores there as JSON; - prints them")
-    given = parser.parse_args(argv)
-    run = Path(given.run) if given.run else newest_run()
+    """Score the run that the command line names and print the table, or write JSON."""
+    options = _parser().parse_args(argv)
+    from ner.scores import newest_run, score_sentences, table
+
+    run = Path(options.run) if options.run else newest_run()
     if not (run / "model").is_dir():
         raise UserError(f"{run}: expected the folder of a run, which holds model/")
+    config = _config_of(run)
+    corpus = _read(options.data, config, run)
+    only_json = options.json == "-"
+    if not only_json:
+        print(f"run {run}\n{corpus.describe()}")
+    tagger = _tagger(run, config)
+    _warn_of_unknown_types(corpus, tagger)
+    scores, predicted, _ = score_sentences(tagger, corpus.sentences)
+    _warn_of_orphans(predicted)
+    text = json.dumps(scores, ensure_ascii=False, indent=1) + "\n"
+    print(text if only_json else table(scores) + "\n", end="")
+    if options.json and not only_json:
+        try:
+            Path(options.json).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json {options.json}: cannot be written: {error.strerror}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Scores a saved run on labelled sentences: strict entities by type, micro, macro and weighted.",
+        epilog="example: python evaluate.py --run output/RUN --data my/test --json scores.json",
+    )
+    parser.add_argument("--run", help="the run's folder (default: the newest finished one under output/)")
+    parser.add_argument("--data", help="a labelled file or hub:NAME (default: the test file of the run)")
+    parser.add_argument("--json", metavar="FILE", help="write the scores to FILE as JSON; - prints them, and only them")
+    return parser
+
+
+def _config_of(run: Path) -> "Config | None":
+    """Return the config that the run was trained with, None where it has none. Raises UserError."""
     from ner import config as settings
 
-    saved = settings.load(["--config", str(run / "config.yaml")])[0] if (run / "config.yaml").is_file() else None
-    data = given.data or (saved.test if saved else None)
-    if data is None:
-        raise UserError(f"{run}: its config names no test file; name one with --data")
+    file = run / "config.yaml"
+    return settings.load(["--config", str(file)])[0] if file.is_file() else None
+
+
+def _read(data: str | None, config: "Config | None", run: Path) -> "Corpus":
+    """Return the sentences to score: of `data`, or the run's test sentences where it is None. Raises UserError."""
+    from ner import config as settings
     from ner import formats
 
-    corpus = formats.read(data)
-    if given.json != "-":
-        print(f"run {run}\n{corpus.describe()}")
+    if data is not None:
+        return formats.read(data, "test")
+    if config is None or config.test is None:
+        raise UserError(f"{run}: its config names no test file; name one with --data")
+    if config.test.startswith("hub:"):
+        return formats.read(config.test, "test")
+    return formats.read(str(settings.resolve_path(config.test) or config.test), "test")
+
+
+def _tagger(run: Path, config: "Config | None") -> "Tagger":
+    """Return the run's model, in the run's precision, on the device that training takes."""
     import torch
 
     from ner.tagging import Tagger
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tagger = Tagger.of(run, device, saved.precision if saved else "auto")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return Tagger.of(run, device, config.precision if config else "auto")
+
+
+def _warn_of_unknown_types(corpus: "Corpus", tagger: "Tagger") -> None:
     unknown = sorted(set(corpus.entities()) - {label[2:] for label in tagger.labels})
     if unknown:
+        names = ", ".join(unknown)
         print(
-            f"warning: {data}: types that the run was not trained on count as missed: {', '.join(unknown)}",
-            file=sys.stderr,
+            f"warning: {corpus.path}: types that the run was not trained on count as missed: {names}", file=sys.stderr
         )
-    scores, _, _ = score_sentences(tagger, corpus.sentences)
-    text = json.dumps(scores, ensure_ascii=False, indent=1) + "\n"
-    if given.json == "-":
-        print(text, end="")
-        return
-    print(table(scores))
-    if given.json:
-        try:
-            Path(given.json).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {given.json}: cannot be written: {error.strerror}") from None
+
+
+def _warn_of_orphans(predicted: list[list[str]]) -> None:
+    """Say how many predicted tags belong to no entity, which decode: argmax lets happen."""
+    from ner.decoding import orphans
+
+    count = sum(map(orphans, predicted))
+    if count:
+        print(f"warning: {count:,} predicted I- tags follow no beginning of their type: no entities", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,91 +1,133 @@
-"""Gold tags and predicted tags in, scores out; as a command, the scores of a saved run.
-
-Nothing heavy is imported up here and importing does nothing, so that a package which looks for the library of the
-same name finds a harmless module.
-"""
+"""Gold tags + predicted tags → scores, by seqeval's strict IOB2."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ner.config import ROOT
+from ner.corpus import Sentence
+from ner.decoding import spans
 from ner.errors import UserError
 
-NUMBERS = ("precision", "recall", "f1", "support")
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ner.tagging import Tagger
+
+MEASURES = ("precision", "recall", "f1")
+AVERAGES = ("micro", "macro", "weighted")
+AT_ONCE = 2048  # sentences whose scores are held in memory together
 
 
-def score(gold: list[list[str]], predicted: list[list[str]]) -> dict:
-    """Strict IOB2 scores by seqeval of sentences' tags: an entity counts when type, start and end are right.
+def score(gold: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
+    """Return strict IOB2 scores of sentences' tags: an entity counts when type, start and end are right.
 
-    Returns {"micro": {"precision", "recall", "f1", "support"}, "macro": {…}, "weighted": {…}, "types": {type: {…}},
-    "accuracy"}: numbers between 0 and 1, supports in gold entities, types sorted. Raises ValueError on other lengths.
+    The shape is {"micro": {"precision", "recall", "f1", "support"}, "macro": {…}, "weighted": {…}, "types":
+    {type: {…}}, "accuracy"}: numbers between 0 and 1, supports in gold entities, types sorted. Raises ValueError where
+    gold and predicted tags differ in number.
     """
     from seqeval.metrics.v1 import classification_report
     from seqeval.scheme import IOB2
 
     if [len(tags) for tags in gold] != [len(tags) for tags in predicted]:
         raise ValueError("gold and predicted tags differ in number")
-    pairs = [pair for tags in zip(gold, predicted) for pair in zip(*tags)]
+    pairs = [pair for tags in zip(gold, predicted, strict=True) for pair in zip(*tags, strict=True)]
     accuracy = sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
-    none = dict.fromkeys(NUMBERS[:3], 0.0) | {"support": 0}
-    if not any(tag.startswith("B-") for pair in pairs for tag in pair):  # seqeval divides by their number
-        return {"micro": none, "macro": dict(none), "weighted": dict(none), "types": {}, "accuracy": accuracy}
+    if not any(tag.startswith("B-") for pair in pairs for tag in pair):  # seqeval divides by the number of entities
+        nothing = {name: dict.fromkeys(MEASURES, 0.0) | {"support": 0} for name in AVERAGES}
+        return nothing | {"types": {}, "accuracy": accuracy}
     report = classification_report(gold, predicted, scheme=IOB2, output_dict=True, zero_division=0)
-    plain = {
-        name: {number: float(row["f1-score" if number == "f1" else number]) for number in NUMBERS[:3]}
-        | {"support": int(row["support"])}
-        for name, row in report.items()
-    }  # fmt: skip
-    averages = {name: plain.pop(f"{name} avg") for name in ("micro", "macro", "weighted")}
-    return averages | {"types": plain, "accuracy": accuracy}
+    rows = {name: _plain(row) for name, row in report.items()}
+    averages = {name: rows.pop(f"{name} avg") for name in AVERAGES}
+    return averages | {"types": rows, "accuracy": accuracy}
 
 
-def score_sentences(tagger, sentences: list, devices=None) -> tuple[dict, list[list[str]], float]:
-    """Scores of a tagger on sentences, the tags it predicts, and its mean loss per unit.
+def _plain(row: dict) -> dict[str, float]:
+    """Return a row of seqeval's report in our names, as Python numbers."""
+    return {
+        "precision": float(row["precision"]),
+        "recall": float(row["recall"]),
+        "f1": float(row["f1-score"]),
+        "support": int(row["support"]),
+    }
 
-    With several `devices` (an Accelerator) each process tags a share; all get the same result.
+
+def clip(tags: list[str], length: int = 49, shortest: int = 2) -> list[str]:
+    """Return the first `length` tags without the entities that have fewer than `shortest` of them.
+
+    With its defaults this is the count of models that read 49 characters and know no entity of a single one.
     """
-    rank, ranks = (devices.process_index, devices.num_processes) if devices else (0, 1)
-    mine, number = range(rank, len(sentences), ranks), {label: index for index, label in enumerate(tagger.labels)}
-    log_probs = tagger.log_probs([sentences[index].chars for index in mine])
-    found = []
-    for index, rows, (tags, _) in zip(mine, log_probs, tagger.decoded(log_probs)):
-        known = [(row, number[tag]) for row, tag in zip(rows, sentences[index].tags) if tag in number]
-        found.append((index, tags, -math.fsum(float(row[label]) for row, label in known)))
-    if ranks > 1:
+    clipped = ["O"] * min(length, len(tags))
+    for _, start, end in spans(tags[:length]):
+        if end - start >= shortest:
+            clipped[start:end] = tags[start:end]
+    return clipped
+
+
+def score_sentences(
+    tagger: "Tagger", sentences: Sequence[Sentence], accelerator: "Accelerator | None" = None
+) -> tuple[dict[str, Any], list[list[str]], float]:
+    """Return the scores of a tagger on sentences, the tags it predicts, and its mean loss per unit.
+
+    Units whose tag the tagger does not know are left out of the loss, out of its sum and out of its divisor. With an
+    accelerator of several processes each tags a share of the sentences, and all get the same result.
+    """
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    share = range(rank, len(sentences), processes)
+    results: list[tuple[int, list[str], float, int]] = []  # sentence, tags, summed loss, units in that sum
+    for start in range(0, len(share), AT_ONCE):
+        chunk = share[start : start + AT_ONCE]
+        log_probs = tagger.log_probs([sentences[index].chars for index in chunk])
+        losses = _losses(log_probs, [sentences[index].tags for index in chunk], tagger)
+        for index, (tags, _), loss in zip(chunk, tagger.decoded(log_probs), losses, strict=True):
+            results.append((index, tags, *loss))
+    if processes > 1:
         from accelerate.utils import gather_object
 
-        found = sorted(gather_object(found))
-    predicted = [tags for _, tags, _ in found]
-    units = sum(len(tags) for tags in predicted)
-    return (
-        score([sentence.tags for sentence in sentences], predicted),
-        predicted,
-        math.fsum(loss for *_, loss in found) / max(1, units),
-    )
+        results = sorted(gather_object(results))
+    predicted = [tags for _, tags, _, _ in results]
+    scores = score([sentence.tags for sentence in sentences], predicted)
+    units = sum(count for _, _, _, count in results)
+    return scores, predicted, math.fsum(loss for _, _, loss, _ in results) / max(1, units)
+
+
+def _losses(log_probs: list[np.ndarray], gold: list[list[str]], tagger: "Tagger") -> list[tuple[float, int]]:
+    """Return for each sentence the loss summed over the units whose tag the tagger knows, and their number."""
+    label2id = {label: index for index, label in enumerate(tagger.labels)}
+    losses = []
+    for rows, tags in zip(log_probs, gold, strict=True):
+        known = [float(row[label2id[tag]]) for row, tag in zip(rows, tags, strict=True) if tag in label2id]
+        losses.append((-math.fsum(known), len(known)))
+    return losses
 
 
 def newest_run(output: str | Path = "output") -> Path:
-    """The newest finished run under `output` (where it is not here, beside this file), or the newest with a model.
+    """Return the newest finished run under `output`, or where none has finished the newest with a model.
 
-    Raises UserError where there is none.
+    `output` is looked for here and then in the project. Raises UserError where it holds no run.
     """
     folder = Path(output) if Path(output).is_dir() else ROOT / output
     for marks in (("*/test.json", "*/finished.json"), ("*/model/ner.json",)):
-        found = [(path.stat().st_mtime_ns, folder / path.relative_to(folder).parts[0])
-                 for mark in marks for path in folder.glob(mark)]  # fmt: skip
-        if whole := [(when, run) for when, run in found if (run / "model").is_dir()]:
+        runs = [
+            (path.stat().st_mtime_ns, folder / path.relative_to(folder).parts[0])
+            for mark in marks
+            for path in folder.glob(mark)
+        ]
+        whole = [(when, run) for when, run in runs if (run / "model").is_dir()]
+        if whole:
             return max(whole)[1]
     raise UserError(f"{folder}: holds no finished run; train one with `python main.py`, or name one with --run")
 
 
-def table(scores: dict) -> str:
-    """The scores as an aligned text table, a line a type and a line an average."""
-    rows = list(scores["types"].items()) + [(name, scores[name]) for name in ("micro", "macro", "weighted")]
+def table(scores: dict[str, Any]) -> str:
+    """Return the scores as an aligned text table, a line a type and a line an average."""
+    rows = list(scores["types"].items()) + [(name, scores[name]) for name in AVERAGES]
     width = max(len(name) for name, _ in rows)
     lines = [f"{'':{width}}  precision    recall        F1   support"]
     for name, row in rows:
-        lines.append(
-            f"{name:{width}}" + "".join(f"  {row[key]:8.6f}" for key in NUMBERS[:3]) + f"  {row['support']:8d}"
-        )
-    return "\n".join(lines + [f"accuracy of the tags: {scores['accuracy']:.6f}"])
-
+        measures = "".join(f"  {row[key]:8.6f}" for key in MEASURES)
+        lines.append(f"{name:{width}}{measures}  {row['support']:8d}")
+    return "\n".join([*lines, f"accuracy of the tags: {scores['accuracy']:.6f}"])
