@@ -507,29 +507,3 @@ def test_attention_dropout_is_drawn_beforehand_and_changes_nothing_when_tagging(
     second = model(input_ids=ids, attention_mask=mask).logits
     torch.manual_seed(5)
     assert torch.equal(first, model(input_ids=ids, attention_mask=mask).logits) and not torch.equal(first, second)
-
-
-def test_memory_is_held_in_huge_pages():
-    """In a process of its own: the advice lasts for the life of one."""
-    size = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-    if not size.exists() or int(size.read_text()) > 2 << 20 or not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("this system has no huge pages of 2 MB, or another C library than glibc")
-    code = """
-import ctypes, torch
-from ner.kernels.memory import keep_freed_memory
-keep_freed_memory()
-sbrk = ctypes.CDLL(None).sbrk
-sbrk.restype = ctypes.c_void_p
-end, weights = sbrk(0), [torch.ones(3 << 20) for _ in range(20)]
-assert all(weight.data_ptr() < end for weight in weights), "all from the heap as it was grown"
-del weights
-assert sbrk(0) == end, "nothing goes back"
-heap = open("/proc/self/smaps").read().split("[heap]")[1:]
-flags = [part.split("VmFlags:")[1].split("\\n")[0].split() for part in heap]
-sizes = [int(part.split("Size:")[1].split()[0]) for part in heap]
-print(sum(size for size, kinds in zip(sizes, flags) if "hg" in kinds))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(kernels.__file__).parents[2], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and int(done.stdout) > 1_900_000, done.stdout + done.stderr

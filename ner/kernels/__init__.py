@@ -35,15 +35,8 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device | str, ke
         return
     from ner.kernels.bert_layers import PackedLayers
     from ner.kernels.dropout import replace_dropouts
-    from ner.kernels.memory import keep_freed_memory
 
-    keep_freed_memory()
     replace_dropouts(model, dtype)
     for module in list(model.modules()):
         if PackedLayers.supports(module):
             module.forward = PackedLayers(module)
-
-
-# Old names, until every caller has the new ones.
-from ner.kernels.memory import keep_freed_memory as hold_memory  # noqa: E402,F401
-from ner.precision import choose_dtype as choose  # noqa: E402,F401
