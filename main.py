@@ -51,6 +51,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
     import torch
 
     from ner import kernels as fast
+    from ner.precision import choose_dtype
     from ner.optimizer import Optimizer
     from ner import batches
     from ner import model as models
@@ -60,7 +61,7 @@ def train(config, run: Path, devices, corpus, dev: list) -> None:
 
     # What is trained
     device, labels = devices.device, label_list(corpus.sentences)
-    dtype, reason = fast.choose(config.precision, device)
+    dtype, reason = choose_dtype(config.precision, device)
     log.info("device %s, %d process(es), %d thread(s)", device, devices.num_processes, torch.get_num_threads())
     log.info("precision %s: %s", str(dtype).removeprefix("torch."), reason)
     if warning := settings.rate_warning(config):

@@ -98,6 +98,7 @@ def steps(options):
 
     from ner import checkpoint
     from ner import kernels as fast
+    from ner.precision import choose_dtype
     from ner.optimizer import Optimizer
     from ner import batches, formats
     from ner.corpus import label_list
@@ -107,7 +108,7 @@ def steps(options):
     settings, _ = config.load(arguments(options.steps, options.seeds[0], options))
     devices, corpus = parallel.start(settings), formats.read(settings.train)
     device, labels = devices.device, label_list(corpus.sentences)
-    dtype, _ = fast.choose(settings.precision, device)
+    dtype, _ = choose_dtype(settings.precision, device)
     torch.manual_seed(settings.seed)
     model, tokenizer, meta = models.build(settings, labels, corpus.unit, fast.attention_implementation(device))
     fast.prepare(model, dtype, device)
@@ -228,8 +229,9 @@ def main():
     import torch
 
     from ner import kernels as fast
+    from ner.precision import choose_dtype
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, reason = fast.choose("auto", device)
+    dtype, reason = choose_dtype("auto", device)
     weights = encoder_weights(options.pretrained)
     result, source = {}, options.data
     for tuning in options.tuning:

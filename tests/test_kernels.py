@@ -1,9 +1,5 @@
 """The kernels compute what transformers and peft compute: losses, gradients and logits, up to rounding."""
 
-import ctypes
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
