@@ -20,6 +20,8 @@ from ner import config as settings
 from ner import scores as scoring
 from ner import files
 from ner import files
+from ner import files
+from ner import files
 from ner import run as folder
 from ner.errors import UserError, command
 

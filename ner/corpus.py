@@ -5,8 +5,10 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from random import Random
+
+from ner.errors import UserError
 
 
 @dataclass(slots=True)
@@ -16,6 +18,7 @@ class Sentence:
     chars: list[str]
     tags: list[str]
     line: int
+    file: str = ""  # where it stands, if a corpus has several files
 
 
 @dataclass
@@ -29,7 +32,9 @@ class Corpus:
     unit: str = "character"  # "word" when tokens of several characters are common
     skipped: int = 0  # entities dropped because they overlap another, which tags cannot express
     repair_line: int = 0  # where the first of the repairs stands
-    line_a_char: bool = True  # False where a line holds a whole sentence
+    unit_per_line: bool = True  # False where a line holds a whole sentence
+    notes: list[str] = field(default_factory=list)  # what else the user should know of how the file was read
+    file_types: frozenset[str] | None = None  # of a part of a file: the types of the whole file
 
     @property
     def characters(self) -> int:
@@ -58,9 +63,42 @@ class Corpus:
             )
         if self.skipped:
             warnings.append(f"{self.path}: {self.skipped:,} entities dropped, as they overlap a longer or earlier one")
-        if not any(self.entities()):
+        if not self.entities():
             warnings.append(f"{self.path}: no entity in the whole file")
-        return warnings
+        return self.notes + warnings
+
+    def part(self, sentences: list[Sentence], path: str | None = None) -> "Corpus":
+        """Return some of the sentences as a corpus of their own, which knows the types of the whole file.
+
+        With a `path`, a name of its own, what was found while reading the file is told of the file only.
+        """
+        types = self.file_types if self.file_types is not None else frozenset(self.entities())
+        part = replace(self, sentences=sentences, file_types=types)
+        return replace(part, path=path, repairs=0, repair_line=0, skipped=0, notes=[]) if path else part
+
+    def place(self, sentence: Sentence, index: int = 0) -> str:
+        """Return file:line of a sentence, or of the unit at `index` in it where each has a line of its own."""
+        return f"{sentence.file or self.path}:{sentence.line + index * self.unit_per_line}"
+
+
+def check_trainable(train: Corpus, *others: Corpus) -> None:
+    """Raise UserError where a model cannot be trained on `train` and scored on the others."""
+    if not train.entities():
+        raise UserError(
+            f"{train.path}: no entity in the {len(train.sentences):,} sentences to train on, every tag is O; give a "
+            "file with tagged entities"
+        )
+    for other in others:
+        check_unit(other, train.unit, train.path)
+
+
+def check_unit(corpus: Corpus, unit: str, source: str) -> None:
+    """Raise UserError where the units of a corpus are not those of `source`, the training file or the model."""
+    if corpus.unit != unit:
+        raise UserError(
+            f"{corpus.path}: its lines hold {corpus.unit}s, those of {source} {unit}s; bring both into one form, a "
+            f"{unit} and its tag a line"
+        )
 
 
 def sample(sentences: Sequence[Sentence], n: int | None, seed: int) -> list[Sentence]:

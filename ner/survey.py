@@ -1,146 +1,217 @@
 """Look before you train: what a corpus holds, and what two of them have in common that they should not.
 
-`python loader.py FILE...` prints it; main.py logs the warnings of `compare`.
+`python loader.py FILE...` prints it; main.py logs the warnings.
 """
 
 from collections import Counter, defaultdict
+from itertools import combinations
+from typing import Any
 
+from ner.corpus import Corpus, Sentence
 from ner.decoding import spans
-from ner.corpus import Corpus
+from ner.windows import Windower
 
 RARE = 10  # a type with fewer entities is neither learned nor measured well
+EXAMPLES = 3  # of a warning
+CLIP = 12  # characters of a sentence shown in a warning
+
+
+def warnings_of(train: Corpus, *others: Corpus) -> list[str]:
+    """Return all that is odd about the training file and about dev and test beside it, each warning once."""
+    warnings = train.warnings() + check(train)
+    for other in others:
+        warnings += other.warnings() + check(other) + compare(train, other)
+    return list(dict.fromkeys(warnings))
+
+
+def check(corpus: Corpus) -> list[str]:
+    """Return warnings about one corpus: the same text with different tags, types with few entities."""
+    return _conflict_warnings(_conflicts_within(corpus)) + _rare_type_warnings(corpus)
 
 
 def compare(train: Corpus, other: Corpus) -> list[str]:
-    """Warnings, a line each, about `other` (dev or test) beside `train`; or about `train` alone if it is given twice.
+    """Return warnings about `other` (dev or test) beside `train`.
 
-    Sentences that both hold, the same text with different tags, types that `train` lacks, types with few entities.
+    Sentences that both hold, the same text with different tags in the two, types that `train` lacks.
     """
-    found, alone = [], train is other
-    texts = {_text(sentence): sentence for sentence in reversed(train.sentences)}
-    shared = [] if alone else [s for s in other.sentences if _text(s) in texts]
-    if shared:
-        places = ", ".join(f"line {s.line} = line {texts[_text(s)].line} ({_clip(s.chars)})" for s in shared[:3])
-        found.append(f"{len(shared):,} of {len(other.sentences):,} sentences of {other.path} are in {train.path} too: "
-                     f"{places}{', …' * (len(shared) > 3)}; scores on them are too good")
-
-    tags_of = defaultdict(dict)
-    for corpus in [train] if alone else [train, other]:
-        for sentence in corpus.sentences:
-            tags_of[_text(sentence)].setdefault(tuple(sentence.tags), f"{corpus.path}:{sentence.line}")
-    torn = [list(places.values()) for places in tags_of.values() if len(places) > 1]
-    if torn:
-        places = ", ".join(" and ".join(places[:2]) for places in torn[:3])
-        found.append(f"{len(torn):,} texts stand there with different tags: {places}{', …' * (len(torn) > 3)}")
-
-    known, asked = train.entities(), other.entities()
-    for kind in sorted(asked.keys() - known.keys()):
-        line = next(s.line + s.tags.index("B-" + kind) * other.line_a_char
-                    for s in other.sentences if "B-" + kind in s.tags)
-        found.append(f"{other.path}:{line}: type {kind} is not in {train.path}; its {asked[kind]:,} entities cannot be "
-                     "found")
-    for corpus, counts in [(train, known)] if alone else [(train, known), (other, asked)]:
-        few = [f"{kind} {count}" for kind, count in sorted(counts.items()) if count < RARE]
-        if few:
-            found.append(f"{corpus.path}: fewer than {RARE} entities of {', '.join(few)}; do not trust their scores")
-    return found
+    first_in_train: dict[str, Sentence] = {}
+    for sentence in train.sentences:
+        first_in_train.setdefault(_text(sentence), sentence)
+    shared = [
+        (sentence, first_in_train[text]) for sentence in other.sentences if (text := _text(sentence)) in first_in_train
+    ]
+    conflicts = [
+        (train.place(twin), other.place(sentence))
+        for sentence, twin in _first_of_each_text(shared)
+        if sentence.tags != twin.tags
+    ]
+    return _shared_warnings(train, other, shared) + _conflict_warnings(conflicts) + _missing_type_warnings(train, other)
 
 
-def survey(corpora: list[Corpus], units=None, max_length: int = 256) -> dict:
-    """All that `python loader.py` tells, as one dict for JSON. `units` is a windows.Windower where there is a tokenizer."""
-    forms = defaultdict(Counter)
-    files = [_file(corpus, forms, units, max_length) for corpus in corpora]
-    torn = [(form, types) for form, types in forms.items() if len(types) > 1]
-    torn.sort(key=lambda item: -(item[1].total() - max(item[1].values())))
-    pairs = [warning for index, other in enumerate(corpora) for train in corpora[:index]
-             for warning in compare(train, other)]
-    return {"files": files, "several_types": {form: dict(types.most_common()) for form, types in torn[:20]},
-            "several_types_count": len(torn), "warnings": list(dict.fromkeys(pairs))}
+def _shared_warnings(train: Corpus, other: Corpus, shared: list[tuple[Sentence, Sentence]]) -> list[str]:
+    if not shared:
+        return []
+    examples = [
+        f"line {sentence.line} = line {twin.line} ({_clip(sentence.chars)})" for sentence, twin in shared[:EXAMPLES]
+    ]
+    return [
+        f"{len(shared):,} of {len(other.sentences):,} sentences of {other.path} are in {train.path} too: "
+        f"{_listed(examples, len(shared))}; scores on them are too good"
+    ]
 
 
-def _file(corpus: Corpus, forms: dict, units, max_length: int) -> dict:
-    types = defaultdict(Counter)
+def _first_of_each_text(shared: list[tuple[Sentence, Sentence]]) -> list[tuple[Sentence, Sentence]]:
+    first: dict[str, tuple[Sentence, Sentence]] = {}
+    for sentence, twin in shared:
+        first.setdefault(_text(sentence), (sentence, twin))
+    return list(first.values())
+
+
+def _conflicts_within(corpus: Corpus) -> list[tuple[str, str]]:
+    """The places of the first two sentences of the same text whose tags differ, for each such text."""
+    first: dict[str, Sentence] = {}
+    conflicts: dict[str, tuple[str, str]] = {}
     for sentence in corpus.sentences:
-        for kind, start, end in spans(sentence.tags):
-            form = (" " if corpus.unit == "word" else "").join(sentence.chars[start:end])
-            types[kind][form] += 1
-            forms[form][kind] += 1
-    if units:
-        lengths = sorted(len(units.encode(sentence.chars)[0]) for sentence in corpus.sentences)
-    else:
-        lengths = sorted(len(sentence.chars) for sentence in corpus.sentences)
-    room = units.room if units else max_length - 2
-    long = sum(length > room for length in lengths)
-    report = {
-        "path": corpus.path, "sentences": len(corpus.sentences), "characters": corpus.characters, "unit": corpus.unit,
-        "scheme": corpus.scheme, "repairs": corpus.repairs, "skipped": corpus.skipped,
-        "types": {kind: {"count": count.total(), "forms": len(count), "examples": dict(count.most_common(5))}
-                  for kind, count in sorted(types.items())},
-        "lengths": {"of": "tokens" if units else corpus.unit + "s", "min": lengths[0], "max": lengths[-1],
-                    "mean": sum(lengths) / len(lengths), "median": lengths[len(lengths) // 2],
-                    "p95": lengths[len(lengths) * 95 // 100], "room": room, "need_windows": long,
-                    "need_windows_share": long / len(lengths)},
-        "rare": [kind for kind, count in sorted(types.items()) if count.total() < RARE],
-        "warnings": corpus.warnings() + compare(corpus, corpus),
+        text = _text(sentence)
+        twin = first.setdefault(text, sentence)
+        if twin.tags != sentence.tags:
+            conflicts.setdefault(text, (corpus.place(twin), corpus.place(sentence)))
+    return list(conflicts.values())
+
+
+def _conflict_warnings(conflicts: list[tuple[str, str]]) -> list[str]:
+    if not conflicts:
+        return []
+    examples = [" and ".join(places) for places in conflicts[:EXAMPLES]]
+    texts = "1 text has" if len(conflicts) == 1 else f"{len(conflicts):,} texts have"
+    return [f"{texts} different tags in different places: {_listed(examples, len(conflicts))}"]
+
+
+def _missing_type_warnings(train: Corpus, other: Corpus) -> list[str]:
+    trained, counts = train.entities(), other.entities()
+    warnings = []
+    for type_ in sorted(counts.keys() - trained.keys()):
+        tag = "B-" + type_
+        sentence = next(sentence for sentence in other.sentences if tag in sentence.tags)
+        where = f"is not in {train.path}"
+        if type_ in (train.file_types or ()):
+            where = f"is in {train.path}, but not in the {len(train.sentences):,} of its sentences that are trained on"
+        warnings.append(
+            f"{other.place(sentence, sentence.tags.index(tag))}: type {type_} {where}; its {counts[type_]:,} entities "
+            "cannot be found"
+        )
+    return warnings
+
+
+def _rare_type_warnings(corpus: Corpus) -> list[str]:
+    rare = [f"{type_} {count}" for type_, count in sorted(corpus.entities().items()) if count < RARE]
+    if not rare:
+        return []
+    return [f"{corpus.path}: fewer than {RARE} entities of {', '.join(rare)}; do not trust their scores"]
+
+
+def survey(corpora: list[Corpus], windower: Windower | None = None, max_length: int = 256) -> dict[str, Any]:
+    """Return all that `python loader.py` tells, as one dict for JSON; a `windower` counts in tokens."""
+    types_of_form: dict[str, Counter[str]] = defaultdict(Counter)
+    files = [_describe(corpus, types_of_form, windower, max_length) for corpus in corpora]
+    ambiguous = [(form, types) for form, types in types_of_form.items() if len(types) > 1]
+    ambiguous.sort(key=lambda item: -(item[1].total() - max(item[1].values())))
+    pairs = [warning for train, other in combinations(corpora, 2) for warning in compare(train, other)]
+    return {
+        "files": files,
+        "several_types": {form: dict(types.most_common()) for form, types in ambiguous[:20]},
+        "several_types_count": len(ambiguous),
+        "warnings": list(dict.fromkeys(pairs)),
     }
-    if units:
-        counts = Counter(char for sentence in corpus.sentences for char in sentence.chars)
-        gone = Counter({char: n for char, n in counts.items() if char in units.dropped})
-        unknown = Counter({char: n for char, n in counts.items() if char not in gone and units.is_unknown(char)})
-        report["tokenizer"] = {
-            "tokens": sum(lengths), "tokens_a_unit": sum(lengths) / counts.total(),
-            "unknown": unknown.total(), "unknown_share": unknown.total() / counts.total(),
-            "unknown_examples": dict(unknown.most_common(10)),
-            "vanished": gone.total(), "vanished_examples": dict(gone.most_common(10)),
-        }
+
+
+def _describe(
+    corpus: Corpus, types_of_form: dict[str, Counter[str]], windower: Windower | None, max_length: int
+) -> dict[str, Any]:
+    """Return what is told of one file; its entities are counted into `types_of_form` too."""
+    types: dict[str, Counter[str]] = defaultdict(Counter)
+    separator = " " if corpus.unit == "word" else ""
+    for sentence in corpus.sentences:
+        for type_, start, end in spans(sentence.tags):
+            form = separator.join(sentence.chars[start:end])
+            types[type_][form] += 1
+            types_of_form[form][type_] += 1
+    report = {
+        "path": corpus.path,
+        "sentences": len(corpus.sentences),
+        "characters": corpus.characters,
+        "unit": corpus.unit,
+        "scheme": corpus.scheme,
+        "repairs": corpus.repairs,
+        "skipped": corpus.skipped,
+        "types": {
+            type_: {"count": forms.total(), "forms": len(forms), "examples": dict(forms.most_common(5))}
+            for type_, forms in sorted(types.items())
+        },
+        "lengths": _lengths(corpus, windower, max_length),
+        "rare": [type_ for type_, forms in sorted(types.items()) if forms.total() < RARE],
+        "warnings": corpus.warnings() + check(corpus),
+    }
+    if windower:
+        report["tokenizer"] = _tokenizer_fit(corpus, windower)
     return report
 
 
-def render(report: dict, colour: bool) -> str:
-    """The dict of `survey` as lines for a person, with ANSI colours where they are wanted."""
-    def paint(code, text):
-        return f"\033[{code}m{text}\033[0m" if colour else text
-
-    lines = []
-    for file in report["files"]:
-        length = file["lengths"]
-        lines += [paint("1", file["path"]),
-                  f"  {file['sentences']:,} sentences, {file['characters']:,} {file['unit']}s, "
-                  f"scheme {file['scheme']}, {file['repairs']:,} repairs",
-                  f"  lengths in {length['of']}: {length['min']:,} to {length['max']:,}, mean {length['mean']:.1f}, "
-                  f"median {length['median']:,}, 95% up to {length['p95']:,}; {length['need_windows']:,} "
-                  f"({length['need_windows_share']:.2%}) are longer than {length['room']:,} and need windows"]
-        width = max(map(len, file["types"]), default=0)
-        for kind, found in file["types"].items():
-            examples = ", ".join(f"{_show(form)} {count:,}" for form, count in found["examples"].items())
-            lines.append(f"  {paint('36', kind.ljust(width))} {found['count']:>8,} entities, "
-                         f"{found['forms']:>6,} forms: {examples}")
-        if tokens := file.get("tokenizer"):
-            lines.append(f"  tokenizer: {tokens['tokens_a_unit']:.2f} tokens a {file['unit']}; "
-                         f"unknown {tokens['unknown_share']:.2%}{_some(tokens['unknown_examples'])}; "
-                         f"vanish {tokens['vanished']:,}{_some(tokens['vanished_examples'])}")
-        lines += [paint("33", f"  warning: {warning}") for warning in file["warnings"]]
-    if report["several_types"]:
-        lines.append(paint("1", f"{report['several_types_count']:,} forms stand under different types"))
-        lines += [f"  {_show(form)}: " + ", ".join(f"{paint('36', kind)} {count:,}" for kind, count in types.items())
-                  for form, types in list(report["several_types"].items())[:10]]
-    lines += [paint("33", f"warning: {warning}") for warning in report["warnings"]]
-    return "\n".join(lines)
+def _lengths(corpus: Corpus, windower: Windower | None, max_length: int) -> dict[str, Any]:
+    """The lengths of the sentences, in tokens where there is a tokenizer, and how many of them need several windows."""
+    if windower:
+        lengths = sorted(len(windower.encode(sentence.chars)[0]) for sentence in corpus.sentences)
+    else:
+        lengths = sorted(len(sentence.chars) for sentence in corpus.sentences)
+    room = windower.room if windower else max_length - 2
+    too_long = sum(length > room for length in lengths)
+    return {
+        "of": "tokens" if windower else corpus.unit + "s",
+        "min": lengths[0],
+        "max": lengths[-1],
+        "mean": sum(lengths) / len(lengths),
+        "median": lengths[len(lengths) // 2],
+        "p95": lengths[len(lengths) * 95 // 100],
+        "room": room,
+        "need_windows": too_long,
+        "need_windows_share": too_long / len(lengths),
+    }
 
 
-def _some(examples: dict) -> str:
-    return f" ({', '.join(f'{_show(char)} {count:,}' for char, count in examples.items())})" if examples else ""
+def _tokenizer_fit(corpus: Corpus, windower: Windower) -> dict[str, Any]:
+    """How many tokens the units have, and which of them the tokenizer does not know or leaves nothing of."""
+    units = Counter(unit for sentence in corpus.sentences for unit in sentence.chars)
+    tokens = sum(len(windower.encode([unit])[0]) * count for unit, count in units.items())
+    vanished = Counter({unit: count for unit, count in units.items() if unit in windower.dropped})
+    unknown = Counter(
+        {unit: count for unit, count in units.items() if unit not in vanished and windower.is_unknown(unit)}
+    )
+    return {
+        "tokens": tokens,
+        "tokens_a_unit": tokens / units.total(),
+        "unknown": unknown.total(),
+        "unknown_share": unknown.total() / units.total(),
+        "unknown_examples": dict(unknown.most_common(10)),
+        "vanished": vanished.total(),
+        "vanished_examples": dict(vanished.most_common(10)),
+    }
 
 
-def _show(text: str) -> str:
-    """Text that does no harm on a terminal and can be seen: anything unprintable by its number."""
-    text = text if len(text) <= 30 else text[:30] + "…"
-    return "".join(c if c.isprintable() and (c != " " or len(text) > 1) else f"U+{ord(c):04X}" for c in text)
+def _listed(examples: list[str], count: int) -> str:
+    return ", ".join(examples) + (", …" if count > len(examples) else "")
 
 
-def _text(sentence) -> str:
+def _text(sentence: Sentence) -> str:
     return "\x1f".join(sentence.chars)
 
 
 def _clip(chars: list[str]) -> str:
-    return _show("".join(chars[:12])) + "…" * (len(chars) > 12)
+    return printable("".join(chars[:CLIP])) + ("…" if len(chars) > CLIP else "")
+
+
+def printable(text: str) -> str:
+    """Return a text, shortened to 30 characters, that is visible on a terminal and does it no harm."""
+    text = text if len(text) <= 30 else text[:30] + "…"
+    return "".join(
+        char if char.isprintable() and (char != " " or len(text) > 1) else f"U+{ord(char):04X}" for char in text
+    )

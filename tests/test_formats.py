@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from ner import decoding, formats
 from ner.errors import UserError
+from ner.formats import hub
+from ner.formats.assembly import paint
 
 TEXT = "江泽民在北京会见了比尔·盖茨"
 TAGS = ["B-PER", "I-PER", "I-PER", "O", "B-LOC", "I-LOC", "O", "O", "O"] + ["B-PER"] + ["I-PER"] * 4
@@ -85,7 +87,7 @@ def test_text_is_kept_character_by_character(tmp_path):
     ({"text": "abc", "label": [[0, 1, 5]]}, "is no entity"), ({"text": "abc", "label": [7]}, "is no entity"),
     ({"text": "abc", "label": [{"start": 0}]}, "is no entity"),
     ({"text": "abc", "label": [{"start": 0, "end": 1, "labels": []}]}, "is no entity"),
-    ({"text": "abc", "label": {"X": {"bc": [[0, 1]]}}}, "the text at 0 to 1 is 'ab', not 'bc'"),
+    ({"text": "abc", "label": {"X": {"bc": [[0, 1]]}}}, "the text from 0 to 2 is 'ab', not 'bc'"),
     ({"text": "abc", "label": {"X": [[0, 1]]}}, "is not CLUENER"),
     ({"text": "abc", "label": {"X": {"a": [0]}}}, "is not CLUENER"),
     ({"text": "abc", "label": {"X": {"a": [["0", "1"]]}}}, "is not CLUENER"),
@@ -102,7 +104,7 @@ def test_errors_name_file_and_line(tmp_path, bad, what):
 
 def test_json_that_is_not_one_object_a_line(tmp_path):
     with pytest.raises(UserError, match="train.json:1: not a JSON object"):
-        formats.read(write(tmp_path, json.dumps([WAYS["doccano"]], indent=1), name="train.json"))
+        formats.read(write(tmp_path, json.dumps(WAYS["doccano"], indent=1), name="train.json"))
     with pytest.raises(UserError, match="no sentence"):
         formats.read(write(tmp_path, {"text": "", "label": []}))
 
@@ -115,7 +117,7 @@ def test_a_brace_can_be_a_character(tmp_path):
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(1, 20), st.sampled_from("AB")), max_size=8))
 def test_entities_are_accounted_for(places):
     entities = [(start, end, kind) for start, end, kind in places if start < end]
-    tags, dropped = formats._paint(list("x" * 20), iter(entities))
+    tags, dropped = paint(20, entities)
     kept = [(start, end, kind) for kind, start, end in decoding.spans(tags)]
     assert len(kept) + dropped == len(entities) and set(kept) <= set(entities) and len(tags) == 20
 
@@ -226,7 +228,7 @@ def test_hub_rows_that_do_not_fit():
         ((None, [0]), "0 tokens"),
     ):
         with pytest.raises(UserError, match=f"hub:x:2: {what}"):
-            list(formats._hub_rows("hub:x", [(["a"], [0]), row], names))
+            list(hub._sentences("hub:x", [(["a"], [0]), row], names))
 
 
 def test_a_data_set_that_is_a_program_is_not_run():
@@ -238,10 +240,10 @@ def test_a_data_set_that_is_a_program_is_not_run():
             raise RuntimeError("Dataset scripts are no longer supported, but found bionlp2004.py")
         return "converted"
 
-    assert formats._from_hub(load, "tner/bionlp2004", None) == "converted"
+    assert hub._download(load, "tner/bionlp2004", None) == "converted"
     assert asked[1] == ("tner/bionlp2004", None, "refs/convert/parquet")
     with pytest.raises(RuntimeError, match="other"):
-        formats._from_hub(lambda name, subset: (_ for _ in ()).throw(RuntimeError("other")), "x", None)
+        hub._download(lambda name, subset: (_ for _ in ()).throw(RuntimeError("other")), "x", None)
 
 
 def test_the_bionlp2004_config_names_its_splits():

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from ner import decoding, formats
 from ner.errors import UserError
+from ner.formats.source import read_text
 
 CASES = int(os.environ.get("FUZZ_CASES", "400"))
 NER_DATA = Path(__file__).resolve().parents[2] / "shared" / "ner_data"
@@ -234,7 +235,7 @@ def check(path: str) -> bool:
             told
         )
         return False
-    text = formats.decode(path)
+    text = read_text(path)
     lines = text.split("\n")
     for sentence in corpus.sentences:
         assert sentence.chars and len(sentence.chars) == len(sentence.tags) and lines[sentence.line - 1].strip()

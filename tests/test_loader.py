@@ -12,7 +12,7 @@ import tiny
 
 import loader
 from ner import formats, survey
-from ner.corpus import label_list, sample
+from ner.corpus import Corpus, Sentence, label_list, sample
 from ner.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +147,7 @@ def test_a_type_with_hyphens_stays_whole(tmp_path):
 def test_labels_are_in_a_fixed_order(tmp_path):
     corpus = formats.read(write(tmp_path, "x B-PER\nx B-LOC\nx I-LOC\n"))
     assert label_list(corpus) == label_list(corpus.sentences) == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
-    other = [formats.Sentence(["x"], ["B-ORG"], 1)]
+    other = [Sentence(["x"], ["B-ORG"], 1)]
     assert label_list(corpus, other)[-4:] == ["B-ORG", "I-ORG", "B-PER", "I-PER"] and label_list([]) == [
         "O"
     ]
@@ -165,11 +165,11 @@ def test_a_sample_is_drawn_from_the_seed(tmp_path):
 def test_what_two_files_share_is_named(tmp_path):
     train = formats.read(write(tmp_path, "北 B-LOC\n京 I-LOC\n\n天 O\n津 O\n\n人 O\n", "train"))
     test = formats.read(write(tmp_path, "新 O\n\n北 B-LOC\n京 I-LOC\n\n天 B-LOC\n津 I-LOC\n\n周 B-PER\n", "test"))
-    shared, torn, lacks, few_train, few_test = survey.compare(train, test)
+    few_train, few_test, shared, torn, lacks = survey.warnings_of(train, test)
     assert shared.startswith(
         f"2 of 4 sentences of {test.path} are in {train.path} too: line 3 = line 1 (北京), line 6 = line 4"
     )
-    assert torn == f"1 texts stand there with different tags: {train.path}:4 and {test.path}:6"
+    assert torn == f"1 text has different tags in different places: {train.path}:4 and {test.path}:6"
     assert lacks.startswith(f"{test.path}:9: type PER is not in {train.path}")
     assert "fewer than 10 entities of LOC 1;" in few_train and "fewer than 10 entities of LOC 2, PER 1;" in few_test
 
@@ -179,7 +179,7 @@ def test_nothing_to_warn_of(tmp_path):
         formats.read(write(tmp_path, "".join(f"{char} B-LOC\n\n" for char in part), part))
         for part in ("甲乙丙丁戊己庚辛壬癸", "子丑寅卯辰巳午未申酉")
     )
-    assert survey.compare(train, test) == [] == survey.compare(train, train)
+    assert survey.warnings_of(train, test) == []
 
 
 def test_no_entity_at_all_is_worth_a_warning(tmp_path):
@@ -188,10 +188,10 @@ def test_no_entity_at_all_is_worth_a_warning(tmp_path):
 
 
 def test_two_million_characters_are_read_line_by_distinct_line(tmp_path, monkeypatch):
-    from ner import formats
+    from ner.formats import columns
 
     parsed = []
-    monkeypatch.setattr(formats, "_parse", lambda *args, parse=formats._parse: parsed.append(args) or parse(*args))
+    monkeypatch.setattr(columns, "_parse", lambda *args, parse=columns._parse: parsed.append(args) or parse(*args))
     path = write(tmp_path, ("北 B-LOC\n京 I-LOC\n" + "的 O\n" * 40 + "\n") * 5000)
     assert formats.read(path).characters == 210_000 and len(parsed) == 5
 
@@ -218,10 +218,10 @@ def test_the_survey_tells_what_is_in_a_file(tmp_path, capsys):
 
 
 def test_the_survey_shows_colours_and_hides_control_characters():
-    from ner.survey import render, survey
+    from ner.survey import survey
 
-    corpus = formats.Corpus("x", [formats.Sentence(list("\x1b[2J"), ["B-A", "I-A", "I-A", "I-A"], 1)], "BIO")
-    told = render(survey([corpus]), colour=True)
+    corpus = Corpus("x", [Sentence(list("\x1b[2J"), ["B-A", "I-A", "I-A", "I-A"], 1)], "BIO")
+    told = loader.render(survey([corpus]), colour=True)
     assert "\x1b[36mA\x1b[0m" in told and "\x1b[2J" not in told and "U+001B[2J" in told
 
 
