@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ner import batches
-from ner.windows import Windower, Window, stitch, text_units
 from ner.errors import UserError
+from ner.windows import Windower, stitch, text_units
 
 KINDS = {"wordpiece": tiny.wordpiece, "sentencepiece": tiny.sentencepiece, "bytelevel": tiny.bytelevel}
 AWKWARD = [
