@@ -186,7 +186,10 @@ def test_a_dead_link_is_seen():
 @pytest.mark.parametrize("file", DOCUMENTS, ids=ids)
 def test_paths_in_documents_exist(file):
     """What stands in backticks and looks like a file of the project is one."""
-    named = re.findall(r"`((?:ner|tests|docs|benchmarks|configs|data/encoder)/[\w./-]+\.(?:py|md|yaml|txt|j2))`", file.read_text("utf-8"))
+    named = re.findall(
+        r"`((?:ner|tests|docs|benchmarks|configs|data/encoder)/[\w./-]+\.(?:py|md|yaml|txt|j2))`",
+        file.read_text("utf-8"),
+    )
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 

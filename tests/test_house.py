@@ -1,4 +1,4 @@
-"""The arrangement of the code, read from its imports: one-way arrows, no circle, no script imported, the README's drawing."""
+"""The arrangement of the code, read from its imports: no circle, no script imported, the README's drawing true."""
 
 import ast
 import functools
@@ -99,7 +99,9 @@ def test_a_circle_would_be_seen():
 
 
 def test_imports_are_read_wherever_they_stand():
-    source = "import json\nfrom ner import config\ndef f():\n    from ner.files import write\n    from . import errors\n"
+    source = (
+        "import json\nfrom ner import config\ndef f():\n    from ner.files import write\n    from . import errors\n"
+    )
     names = imported_names(ROOT / "ner" / "report.py", source)
     assert names == {"json", "ner.config", "ner.files", "ner.errors"}
 
@@ -119,7 +121,12 @@ def test_scripts_import_only_ner_and_the_default_corpus(script):
 def test_no_file_is_imported_under_two_names():
     """A module of ner/ is only called ner.NAME; one called NAME alone would be loaded twice."""
     short = {name.split(".")[-1] for name in known_modules()} - {"ner"}
-    files = [*files_of("ner"), *(ROOT / f"{script}.py" for script in SCRIPTS), *files_of("data"), *files_of("benchmarks")]
+    files = [
+        *files_of("ner"),
+        *(ROOT / f"{script}.py" for script in SCRIPTS),
+        *files_of("data"),
+        *files_of("benchmarks"),
+    ]
     wrong = {}
     for file in files:
         names = imported_names(file)
@@ -172,4 +179,5 @@ def rows_of_imports() -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    print("\n".join(" ".join(row) for row in rows_of_imports()))
+    for number, row in enumerate([[f"{script}.py" for script in SCRIPTS], *rows_of_imports()]):
+        print(f"{'ner/' if number == 1 else '':9} │ {'  '.join(row)}")

@@ -58,7 +58,13 @@ def screenshot(page: str, image: Path, width: int, height: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "page.html"
         file.write_text(page, encoding="utf-8")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--window-size={width},{height}",
+        ]
         subprocess.run(["chromium", *options, f"--screenshot={image}", file.as_uri()], check=True, capture_output=True)
 
 

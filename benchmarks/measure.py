@@ -1,0 +1,118 @@
+"""Run a benchmark whose figures the documents state, and keep them with what they mean nothing without.
+
+    python benchmarks/measure.py list                       # every measurement, its command, whether it is there
+    python benchmarks/measure.py run scores-msra            # write benchmarks/results/scores-msra.json
+    python benchmarks/measure.py run predict-msra --times 3
+
+A file under benchmarks/results/ is one measurement: {"command", "commit", "date", "machine", "threads", "versions",
+"runs"}, where "runs" holds what the benchmark's --json wrote, once for each of --times. `python benchmarks/tables.py
+fill` makes the documents' tables of them.
+
+ner_data, which is not shipped, is looked for in the folder that the variable NER_DATA names.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SEEDS = "--seeds 1 2 3 4 5"
+METHODS = "lora full dora rslora adalora ia3 bitfit freeze prompt prefix ptuning"
+NER_EPOCHS = "-- --epochs 8"
+
+# Name of a measurement -> its command, without `python` and `--json`.
+MEASUREMENTS = {
+    "scores-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora full {SEEDS} {NER_EPOCHS}",
+    "scores-ner_data-300": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
+    "--max_train_sentences 300",
+    "scores-msra": f"benchmarks/scores.py --tuning lora full {SEEDS}",
+    "scores-msra-all": "benchmarks/scores.py --tuning lora --seeds 1 -- --max_train_sentences null --epochs 3",
+    "crf-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora full {SEEDS} {NER_EPOCHS} --head crf",
+    "crf-msra": f"benchmarks/scores.py --tuning lora full {SEEDS} -- --head crf",
+    "fgm-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --adversarial fgm",
+    "smoothing-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
+    "--label_smoothing 0.1",
+    "focal-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --loss focal",
+    "methods-ner_data": f"benchmarks/scores.py --data ner_data --tuning {METHODS} --seeds 1 {NER_EPOCHS}",
+    "methods-msra": f"benchmarks/scores.py --tuning {METHODS} --seeds 1",
+    "train-ner_data": "benchmarks/train.py --data ner_data --epochs 2",
+    "train-msra": "benchmarks/train.py",
+    "predict-msra": "benchmarks/predict.py --sentences 300",
+    "predict-ner_data": "benchmarks/predict.py --data ner_data/test --sentences 300",
+}
+
+
+def load(name: str) -> dict | None:
+    """Return a measurement, or None where it has not been made."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+
+def measure(name: str, times: int) -> None:
+    """Run a measurement's command and write its file. Raises SystemExit where the command fails."""
+    runs = []
+    for _ in range(times):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "figures.json"
+            words = MEASUREMENTS[name].replace("ner_data", os.environ.get("NER_DATA", "ner_data")).split()
+            end = words.index("--") if "--" in words else len(words)
+            command = [sys.executable, *words[:end], "--json", str(file), *words[end:]]
+            if status := subprocess.run(command, cwd=ROOT).returncode:
+                raise SystemExit(f"{' '.join(command)}: ended with status {status}")
+            runs.append(json.loads(file.read_text("utf-8")))
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(circumstances(name) | {"runs": runs}, ensure_ascii=False, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def circumstances(name: str) -> dict:
+    """Return what a figure means nothing without: command, commit, date, machine, threads, versions."""
+    import torch
+    import transformers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    processors = Path("/proc/cpuinfo")
+    lines = processors.read_text("utf-8").splitlines() if processors.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    machine = f"{model}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
+    return {
+        "command": f"python {MEASUREMENTS[name]}",
+        "commit": commit.stdout.strip(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def source(measurement: dict) -> str:
+    """Return the commit and the date of a measurement."""
+    return f"{measurement['commit']}, {measurement['date']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list")
+    run = actions.add_parser("run")
+    run.add_argument("name", choices=MEASUREMENTS)
+    run.add_argument("--times", type=int, default=1, help="how often the command is run (default: 1)")
+    options = parser.parse_args()
+    if options.action == "run":
+        return measure(options.name, options.times)
+    for name, command in MEASUREMENTS.items():
+        there = load(name)
+        print(f"{name:22}{source(there) if there else 'not measured':22}python {command}")
+
+
+if __name__ == "__main__":
+    main()
