@@ -22,9 +22,10 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from ner import config  # noqa: E402
+from ner.tunings import TUNINGS  # noqa: E402
 
 LORA = {"r": 16, "alpha": 32}
-RATES = {tuning: config.DEFAULT_RATES[tuning] for tuning in ("lora", "full")}
+RATES = {tuning: TUNINGS[tuning].learning_rate for tuning in ("lora", "full")}
 BATCH = 16
 
 

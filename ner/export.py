@@ -15,6 +15,7 @@ from ner import config as settings
 from ner import encoder
 from ner import model as models
 from ner.errors import UserError
+from ner.paths import portable_path
 from ner.tunings import TUNINGS
 
 OPSET = 17
@@ -150,7 +151,7 @@ def write_card(run) -> Path:
     """Writes RUN/model/README.md: data, scores, config, how to load the model. Returns its path. Raises UserError."""
     run = Path(run)
     meta = models.read_meta(run / "model")
-    config = settings.load(["--config", str(run / "config.yaml")])[0]
+    config = settings.load_run(run)
     shown = {key: _public(getattr(config, key)) for key in ("train", "dev", "test", "pretrained", "output")}
     adapter = TUNINGS[meta["tuning"]].adapter is not None
     head = {
@@ -290,6 +291,7 @@ def _refuse_virtual(meta: dict, done: str) -> None:
 
 def _public(path: str | None) -> str | None:
     """A path as a stranger may see it: without the folders of this machine."""
+    path = portable_path(path) if path else None
     return Path(path).name if path and Path(path).is_absolute() else path
 
 

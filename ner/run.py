@@ -1,4 +1,4 @@
-"""A run's folder: made once, locked while in use, its log, and files in it that are whole at every instant."""
+"""A run's folder: made once, locked while in use, logged to."""
 
 import contextlib
 import importlib.metadata
@@ -8,135 +8,155 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ner import config as settings
 from ner.errors import UserError
 
 log = logging.getLogger("__main__")
-MAY_DIFFER = ("epochs", "output", "run", "checkpoint_minutes", "trackers", "test")  # between a run and its continuation
-PATHS = ("train", "dev", "test", "pretrained")
+MAY_DIFFER = ("epochs", "output", "run", "checkpoint_minutes", "trackers", "test", "export")  # when a run goes on
+BEFORE_TRAINING = {"train.log", "config.yaml", "environment.json"}  # files of a run that has not trained yet
 
 
-def new_run(output: str, name: str | None) -> Path:
-    """Makes and returns a folder that no other run has: `name` or the time, with -2, -3, … where that is taken.
+def new_run(output: str | os.PathLike, name: str | None) -> Path:
+    """Make and return a folder that no other run has: `name` or the time, with -2, -3, … where that is taken.
 
     os.mkdir is the lock, so two runs started in the same second get two folders. Raises UserError.
     """
     wanted = Path(output) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        for number in range(1, 10_000):
-            run = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        for count in range(1, 10_000):
+            run = wanted if count == 1 else wanted.with_name(f"{wanted.name}-{count}")
             with contextlib.suppress(FileExistsError):
                 os.mkdir(run)
                 return run
     except OSError as error:
-        raise UserError(
-            f"{wanted}: the run's folder cannot be made: {error.strerror}; name another with --output"
-        ) from None
+        reason = f"the run's folder cannot be made: {error.strerror}"
+        raise UserError(f"{wanted}: {reason}; name another with --output") from None
     raise UserError(f"{wanted}: there are too many runs of that name; name another with --run")
 
 
-def portable(config):
-    """The config with those paths made absolute that would not be found from another working folder."""
-    changed = {}
-    for key in PATHS:
-        path = getattr(config, key)
-        found = settings.resolve_path(path) if path else None
-        if found and not (settings.ROOT / path).exists():
-            changed[key] = str(found)
-    return config.model_copy(update=changed)
+def portable(config: settings.Config) -> settings.Config:
+    """Return the config itself: its paths are absolute since it was loaded. To be removed with its last call."""
+    return config
 
 
-def check_same(config, run: Path) -> None:
-    """Compares a config with that of the run it is to go on with. Raises UserError naming keys that may not differ."""
-    saved, differ = settings.load(["--config", str(run / "config.yaml")])[0], []
-    for key in settings.Config.model_fields:
-        old, new = getattr(saved, key), getattr(config, key)
-        if old != new and not (
-            key in PATHS and old and new and (settings.resolve_path(old) or 1) == settings.resolve_path(new)
-        ):
-            differ.append(key)
+def check_same(config: settings.Config, run: Path) -> None:
+    """Compare a config with that of the run it is to go on with. Raises UserError naming keys that may not differ."""
+    saved = settings.load_run(run)
+    differ = [key for key in settings.Config.model_fields if getattr(saved, key) != getattr(config, key)]
     if differ:
-        log.info(
-            "other config than the run's: %s",
-            ", ".join(f"{key} ({getattr(config, key)}, was {getattr(saved, key)})" for key in differ),
-        )
+        changes = ", ".join(f"{key} ({getattr(config, key)}, was {getattr(saved, key)})" for key in differ)
+        log.info("other config than the run's: %s", changes)
     wrong = [key for key in differ if key not in MAY_DIFFER]
     if wrong:
-        raise UserError(f"--resume {run}: {', '.join(wrong)} may not differ from {run / 'config.yaml'} "
-                        f"({', '.join(MAY_DIFFER)} may); leave the option out, or start a new run")  # fmt: skip
+        raise UserError(
+            f"--resume {run}: {', '.join(wrong)} may not differ from {run / 'config.yaml'} ({', '.join(MAY_DIFFER)} "
+            "may); leave the option out, or start a new run"
+        )
 
 
 @contextlib.contextmanager
-def opened(run: Path, writes: bool):
-    """Holds the folder's lock and logs to the terminal and train.log meanwhile; the process that `writes` does both.
+def opened(run: Path, writes: bool) -> Iterator[None]:
+    """Hold the folder's lock and log to the terminal and train.log meanwhile; the process that `writes` does both.
 
-    A fresh folder goes away again when the run ends before training began.
+    A fresh folder goes away again when the run ends before training began. Raises UserError for what the system says
+    about the run's files.
     """
     if not writes:
         log.setLevel(logging.CRITICAL)
         yield
         return
-    lock, handlers, logging.raiseExceptions = _lock(run), [], False  # a full disk must not end a run through its log
-    fresh = not (run / "config.yaml").exists()
+    with _named_errors(run), _locked(run), _removed_if_unused(run), _logged(run / "train.log"):
+        yield
+
+
+@contextlib.contextmanager
+def _named_errors(run: Path) -> Iterator[None]:
+    """Turn an OSError about a file of the run into a UserError that names the file by its whole path."""
     try:
-        file = logging.FileHandler(run / "train.log", encoding="utf-8")
-        handlers += [logging.StreamHandler(sys.stdout), file]
+        yield
+    except OSError as error:
+        file = Path(os.fsdecode(error.filename)).absolute() if isinstance(error.filename, (str, bytes)) else None
+        if file is None or not file.is_relative_to(run.absolute()):
+            raise
+        raise UserError(f"{file}: cannot be read or written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Lock the folder until the block ends or the process dies. Raises UserError where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training there; wait for it, or stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _removed_if_unused(run: Path) -> Iterator[None]:
+    """Remove a fresh folder when the block raises before anything of a training lies in it."""
+    is_fresh = not (run / "config.yaml").exists()
+    try:
+        yield
+    except BaseException:
+        if is_fresh and run.is_dir() and {path.name for path in run.iterdir()} <= BEFORE_TRAINING:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Log to the terminal and to the file `path` during the block; the file gets a UserError that ends it too."""
+    raise_before, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk must not end a run by its log
+    file = logging.FileHandler(path, encoding="utf-8")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
+    try:
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
-            logging.root.addHandler(handler)  # other rooms' and libraries' warnings come in the same form
+            logging.root.addHandler(handler)  # other modules' and libraries' warnings come in the same form
         log.setLevel(logging.INFO)
         yield
     except UserError as error:  # the terminal gets it from errors.command
-        file.handle(log.makeRecord("__main__", logging.ERROR, "", 0, str(error), (), None))
+        file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), None))
         raise
-    except OSError as error:
-        if not str(error.filename or "").startswith(str(run)):
-            raise
-        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
     finally:
+        logging.raiseExceptions = raise_before
         for handler in handlers:
             logging.root.removeHandler(handler)
             with contextlib.suppress(OSError):
                 handler.close()
-        if (
-            fresh
-            and run.is_dir()
-            and not {path.name for path in run.iterdir()} - {"train.log", "config.yaml", "environment.json"}
-        ):
-            if sys.exc_info()[0] is not None:
-                shutil.rmtree(run, ignore_errors=True)
-        os.close(lock)
 
 
-def _lock(run: Path) -> int:
-    """An open descriptor that locks the folder until it is closed, or the process dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{run}: another process is training there; wait for it, or stop it first") from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
-
-
-def environment(devices, dtype) -> dict:
-    """Versions, machine, device and precision, for environment.json."""
+def environment(accelerator: Any, dtype: Any) -> dict[str, Any]:
+    """Return versions, machine, device and precision, for environment.json. dtype: a torch.dtype."""
     import torch
 
-    names = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
-    gpu = {"gpu": torch.cuda.get_device_name(devices.device)} if devices.device.type == "cuda" else {}
+    libraries = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+    gpu = {"gpu": torch.cuda.get_device_name(accelerator.device)} if accelerator.device.type == "cuda" else {}
     return {
-        "python": platform.python_version(), "system": platform.platform(), "machine": platform.machine(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(devices.device), **gpu,
-        "processes": devices.num_processes, "precision": str(dtype).removeprefix("torch."),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(accelerator.device),
+        **gpu,
+        "processes": accelerator.num_processes,
+        "precision": str(dtype).removeprefix("torch."),
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+    }

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ner import config
 from ner.errors import UserError
+from ner.tunings import TUNINGS
 
 CASES = int(os.environ.get("FUZZ_CASES", "400"))
 YAML = (config.ROOT / "config.yaml").read_text("utf-8")
@@ -38,12 +39,22 @@ def fails(folder, text, *argv):
 # one source
 
 def test_config_yaml_is_what_config_prints():
-    assert YAML == config.dump(config.Config())
+    assert config.dump(config.Config()) == YAML
 
 
-def test_every_line_of_config_yaml_has_a_comment():
+def test_every_line_of_config_yaml_has_a_sentence_and_every_group_a_heading():
     for line in YAML.splitlines():
-        assert re.fullmatch(r" *[a-z_]+:.*  # \S.*", line), line
+        assert re.fullmatch(r"(#.*| *[a-z_]+:.* # \S.*\.|)", line) and len(line) <= 120, line
+    for heading in config.GROUPS.values():
+        assert f"\n\n# {heading}\n" in YAML
+    assert list(config.FIELDS).index("max_train_sentences") == 8, "eight everyday keys come first"
+
+
+def test_config_py_prints_config_yaml():
+    done = subprocess.run(
+        [sys.executable, "-m", "ner.config"], cwd=config.ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == YAML
 
 
 def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_torch():
@@ -58,8 +69,11 @@ def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_t
     for key, field in config.FIELDS.items():
         assert field.description in lines[key]
         assert lines[key].endswith("]")
-    assert "[8000]" in lines["max_train_sentences"] and "[16]" in lines["lora.r"]
+    assert "[auto]" in lines["max_train_sentences"] and "[16]" in lines["lora.r"]
     assert {"config", "resume", "push_to_hub", "help"} <= set(lines)
+    assert "fp32, bf16, fp16" in lines["precision"] and "tensorboard" in lines["trackers"]
+    headings = [done.stdout.index(text) for text in [*config.GROUPS.values(), "Examples:\n  python main.py"]]
+    assert headings == sorted(headings)
 
 
 def test_help_shows_the_values_of_the_file_in_use(tmp_path, capsys):
@@ -72,7 +86,9 @@ def test_help_shows_the_values_of_the_file_in_use(tmp_path, capsys):
 
 def test_defaults_of_the_card():
     made, flags = config.load([])
-    assert (made.train, made.pretrained, made.tuning) == ("data/msra/train", "data/encoder", "lora")
+    assert made.train in ("data/msra/train", str(config.ROOT / "data/msra/train")), "absolute where it is there"
+    assert (made.pretrained, made.tuning) == (str(config.ROOT / "data/encoder"), "lora")
+    assert (made.kernels, made.export) == ("auto", "int8")
     assert made.lora == config.Lora(r=16, alpha=32, dropout=0, target_modules="all-linear", bias="none")
     assert flags == config.Flags()
 
@@ -90,9 +106,10 @@ def test_keys_on_the_command_line():
 
 @pytest.mark.parametrize("key", config.FIELDS)
 def test_every_key_can_be_given(key):
-    default = config._get(config.Config(), key)
+    default = config.get(config.Config(), key)
     made, _ = config.load([f"--{key}", config._yaml(default)])
-    assert config._get(made, key) == default or key in ("learning_rate", "head_factor")
+    suited = ("learning_rate", "head_factor", "max_train_sentences", *config.PATHS)
+    assert config.get(made, key) == default or key in suited
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -151,13 +168,13 @@ def test_a_run_to_resume_gives_the_config(tmp_path):
 @pytest.mark.parametrize("text, line, said", [
     ("seed: 1\nepoch: 3\n", 2, "unknown key 'epoch'; the closest is epochs"),
     ("seed: 1\n\nlora:\n  r: 8\n  alfa: 3\n", 5, "unknown key 'lora.alfa'; the closest is lora.alpha"),
-    ("lora.r: 8\n", 1, "unknown key 'lora.r'"),
+    ("seed: 1\nlora.r: 8\n", 2, "lora.r is a key of the group lora; write `lora: {r: 8}`"),
     ("# hello\nepochs: many\n", 2, 'epochs is "many"; expected a whole number, at least 1'),
     ("epochs: [1]\n", 1, "expected a whole number"),
     ("epochs: {a: 1}\n", 1, "expected a whole number"),
     ("epochs:\n", 1, "epochs is null; expected a whole number"),
     ("epochs: yes\n", 1, "epochs is \"yes\""),
-    ("lora: 8\n", 1, "lora must hold lines of `key: value`"),
+    ("lora: 8\n", 1, "lora is a group; write its keys beneath it, as in `lora: {r: 8}`"),
     ("lora:\n  r: -1\n", 2, "lora.r is -1; expected a whole number, at least 1"),
     ("epochs: 1\nseed: 2\nepochs: 3\n", 3, "epochs is given twice"),
     ("lora: {r: 1}\nlora: {alpha: 1}\n", 2, "lora is given twice"),
@@ -285,18 +302,20 @@ def test_configs_that_ship_are_right(file):
 def test_a_dump_reads_back_equal(made):
     text = config.dump(made)
     assert yaml.safe_load(text).keys() == config.Config.model_fields.keys()
-    assert run_or_error(text) == made
+    paths = {key: config._resolved(getattr(made, key)) for key in config.PATHS}
+    assert run_or_error(text) == config.with_defaults(made.model_copy(update=paths))
 
 
 def test_the_rate_suits_tuning_and_encoder(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 384}')
-    for tuning, rate in config.DEFAULT_RATES.items():
-        assert config.load(["--tuning", tuning, "--pretrained", str(tmp_path)])[0].learning_rate == rate
-    assert set(config.DEFAULT_RATES) == set(config.get_args(config.TUNINGS))
+    for name, tuning in TUNINGS.items():
+        made = config.load(["--tuning", name, "--pretrained", str(tmp_path)])[0]
+        assert (made.learning_rate, made.head_factor) == (tuning.learning_rate, tuning.head_factor)
     (tmp_path / "config.json").write_text('{"hidden_size": 768}')
-    assert config.load(["--tuning", "full", "--pretrained", str(tmp_path)])[0].learning_rate == 2e-5
-    assert config.load(["--tuning", "lora", "--pretrained", str(tmp_path)])[0].learning_rate == 1e-3
-    assert config.load(["--tuning", "full", "--pretrained", "google-bert/bert-base-chinese"])[0].learning_rate == 2e-5
+    for pretrained in (str(tmp_path), "google-bert/bert-base-chinese"):
+        for name, rate in {"full": 2e-5, "lora": 1e-3}.items():
+            made = config.load(["--tuning", name, "--pretrained", pretrained])[0]
+            assert (made.learning_rate, made.head_factor) == (rate, 1)
     assert config.load(["--tuning", "full", "--learning_rate", "3e-3"])[0].learning_rate == 3e-3
     assert [config.load(["--tuning", tuning])[0].head_factor for tuning in ("lora", "full", "ia3")] == [10, 10, 1]
     assert config.load(["--head_factor", "2.5"])[0].head_factor == 2.5
@@ -305,7 +324,7 @@ def test_the_rate_suits_tuning_and_encoder(tmp_path):
 @pytest.mark.parametrize("argv, said", [
     (["--learning_rate", "9e-5"], "so the loss falls and F1 stays low, or 0"),
     (["--tuning", "dora", "--learning_rate", "2e-5"], "so the loss falls and F1 stays low, or 0"),
-    (["--tuning", "full", "--learning_rate", "1e-3"], "at 1e-3 and above"),
+    (["--tuning", "full", "--learning_rate", "1e-3"], "at 0.001 and above"),
     (["--learning_rate", "1e-4"], None),
     (["--tuning", "full", "--learning_rate", "9e-4"], None),
     (["--tuning", "freeze", "--learning_rate", "1e-2"], None),
@@ -317,10 +336,61 @@ def test_rates_that_are_known_to_fail_are_warned_about(argv, said):
     assert warning is None if said is None else said in warning
 
 
-def test_paths_are_found_from_the_working_folder_first(tmp_path, monkeypatch):
+def test_a_sample_is_taken_of_the_default_corpus_only(tmp_path):
+    corpus = tmp_path / "train"
+    corpus.write_text("")
+    for train, asked, limit in [
+        ("data/msra/train", None, 8000),
+        ("data/msra/train", "null", None),
+        ("data/msra/train", "50", 50),
+        (str(corpus), None, None),
+        (str(corpus), "auto", None),
+        (str(corpus), "50", 50),
+        ("hub:somebody/corpus", None, None),
+    ]:
+        argv = ["--train", train] + (["--max_train_sentences", asked] if asked else [])
+        made, _ = config.load(argv)
+        assert made.max_train_sentences == limit, argv
+        dumped = load(tmp_path, config.dump(made))
+        assert dumped.max_train_sentences == limit, "a run's config.yaml says what was used"
+
+
+# paths
+
+
+def test_paths_are_absolute_from_the_start(tmp_path, monkeypatch):
+    """The same relative path in the working folder and in the project: what was read is what is written down."""
     monkeypatch.chdir(tmp_path)
-    assert config.resolve_path("config.yaml") == config.ROOT / "config.yaml"
-    (tmp_path / "config.yaml").write_text("")
-    assert config.resolve_path("config.yaml") == tmp_path / "config.yaml"
-    for odd in ("nosuch", "a\x00b", "x" * 5000, "~nobody-here/x"):
-        assert config.resolve_path(odd) is None
+    (tmp_path / "data" / "encoder").mkdir(parents=True)
+    made, _ = config.load([])
+    assert made.pretrained == str(tmp_path / "data" / "encoder")
+    monkeypatch.chdir(config.ROOT)
+    assert config.load(["--pretrained", "data/encoder"])[0].pretrained == str(config.ROOT / "data" / "encoder")
+    assert load(tmp_path, config.dump(made)).pretrained == str(tmp_path / "data" / "encoder")
+
+
+def test_a_run_names_what_lies_in_the_project_from_there(tmp_path, monkeypatch):
+    made, _ = config.load(["--pretrained", "data/encoder"])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.dump(made))
+    (run / "environment.json").write_text("{}")
+    assert "pretrained: data/encoder " in config.dump(made)
+    (tmp_path / "data" / "encoder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    ours = str(config.ROOT / "data" / "encoder")
+    assert config.load_run(run).pretrained == ours
+    assert config.load(["--resume", str(run)])[0].pretrained == ours
+    assert config.load(["--config", str(run / "config.yaml")])[0].pretrained == ours
+    mine = config.load(["--resume", str(run), "--pretrained", "data/encoder"])[0].pretrained
+    assert mine == str(tmp_path / "data" / "encoder"), "the command line is read from where the user stands"
+
+
+def test_the_home_folder_is_known_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train").write_text("")
+    made, _ = config.load(["--output", "~/runs", "--train", "~/train"])
+    assert (made.output, made.train) == (str(tmp_path / "runs"), str(tmp_path / "train"))
+    assert load(tmp_path, "output: ~/runs\n").output == str(tmp_path / "runs")
+    with pytest.raises(UserError, match="there is no home folder ~nobody-here; write the whole path"):
+        config.load(["--output", "~nobody-here/runs"])

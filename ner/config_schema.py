@@ -1,0 +1,158 @@
+"""The keys of config.yaml: default, type, bounds and one sentence about each, in the order in which a user meets them.
+
+The sentences are the comments of config.yaml and the text of --help. A new key is a new line here.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+
+from ner.tunings import TUNINGS
+
+GROUPS = {  # the first key of each group -> what the group is called
+    "train": "Everyday: what a run usually changes.",
+    "max_train_sentences": "Tuning: how the model learns. The defaults suit the encoder and the tuning method.",
+    "special_tokens": "Expert: rarely worth a change.",
+}
+SAMPLE = 8000  # sentences of the default corpus that max_train_sentences: auto takes
+RUN_NAME = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$"
+
+if TYPE_CHECKING:
+    TuningName = str
+else:
+    TuningName = Literal[tuple(TUNINGS)]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _key(default: Any, sentence: str, **bounds: Any) -> Any:
+    return pydantic.Field(default, description=sentence, **bounds)
+
+
+class Lora(_Strict):
+    """The group `lora:`."""
+
+    r: int = _key(16, "Rank: the width of the adapter.", ge=1)
+    alpha: float = _key(32, "Scale: the adapter's output is multiplied by alpha / r.", gt=0)
+    dropout: float = _key(0.0, "Dropout before the adapter while training.", ge=0, lt=1)
+    target_modules: Literal["all-linear"] | Annotated[list[str], pydantic.Field(min_length=1)] | None = _key(
+        "all-linear", "Layers with an adapter: all-linear, a list like [query, value], null: peft's choice."
+    )
+    bias: Literal["none", "all", "lora_only"] = _key("none", "Biases that are trained too: none, all or lora_only.")
+
+
+class Config(_Strict):
+    """All keys of a run. See ner.config.load for what replaces `auto` and null."""
+
+    train: str = _key("data/msra/train", "Labelled sentences to train on: a file, or hub:NAME.", min_length=1)
+    dev: str | None = _key(
+        "data/msra/dev", "Labelled sentences that pick the best epoch; null holds 5% of train out.", min_length=1
+    )
+    test: str | None = _key(
+        "data/msra/test", "Labelled sentences that are scored once, at the end; null for none.", min_length=1
+    )
+    pretrained: str = _key("data/encoder", "Pretrained encoder: a folder, or a name on the hub.", min_length=1)
+    tuning: TuningName = _key("lora", f"One of {', '.join(TUNINGS)}.")
+    epochs: int = _key(4, "Passes over train.", ge=1)
+    batch_size: int = _key(16, "Windows in a batch.", ge=1)
+    output: str = _key("output", "Folder that holds all runs.", min_length=1)
+
+    max_train_sentences: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] | None = _key(
+        "auto", f"Random sample of train; null: all of it; auto: {SAMPLE} of data/msra, else all."
+    )
+    learning_rate: float | None = _key(None, "Peak learning rate; null takes what suits tuning and encoder.", gt=0)
+    head_factor: float | None = _key(
+        None, "The new head learns this many times as fast; null takes what suits both too.", gt=0
+    )
+    lora: Lora = _key(Lora(), "Adapter of lora, dora, rslora and adalora.")
+    virtual_tokens: int = _key(10, "Virtual tokens of prompt, prefix and ptuning.", ge=1)
+    max_length: int = _key(256, "Tokens in a window; a longer sentence becomes several, none is cut off.", ge=8)
+    dropout: float | None = _key(
+        0.1, "Dropout of encoder and head while training; null keeps the encoder's own.", ge=0, lt=1
+    )
+    weight_decay: float = _key(0.01, "AdamW's weight decay, on matrices only.", ge=0)
+    warmup_ratio: float = _key(0.1, "Share of the steps in which the learning rate rises.", ge=0, le=1)
+    averaging: bool = _key(True, "Score and save a running average of the weights, steadier than the last ones.")
+    decode: Literal["argmax", "viterbi"] = _key(
+        "viterbi", "viterbi: well-formed IOB2 only; argmax: the likeliest tags."
+    )
+
+    special_tokens: bool = _key(True, "Put [CLS] and [SEP] around each window.")
+    accumulation: int = _key(1, "Batches whose gradients make one step.", ge=1)
+    max_grad_norm: float = _key(1.0, "Maximum gradient norm (clipping).", gt=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _key(
+        "auto", "fp32, bf16, fp16, or auto: what the device computes fastest."
+    )
+    kernels: Literal["auto", "plain"] = _key(
+        "auto", "auto: faster CPU kernels where they fit; plain: transformers and peft compute all."
+    )
+    export: Literal["int8", "fp32", "none"] = _key(
+        "int8", "ONNX file written beside the model for fast tagging on a CPU: int8, fp32 or none."
+    )
+    seed: int = _key(1, "Seed of sampling, order, new weights and dropout.", ge=0, lt=2**32)
+    run: str | None = _key(
+        None, "Name of this run's folder; null names it by the time.", max_length=80, pattern=RUN_NAME
+    )
+    checkpoint_minutes: float = _key(5.0, "Minutes between checkpoints; each epoch ends with one too.", gt=0)
+    trackers: list[str] = _key([], "Trackers of accelerate, a list like [tensorboard] or [wandb].")
+
+
+def _flat(prefix: str, model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.FieldInfo]:
+    """The fields of a model under dotted keys, a group's own fields in place of the group."""
+    fields = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            fields |= _flat(f"{name}.", field.annotation)
+        else:
+            fields[prefix + name] = field
+    return fields
+
+
+FIELDS = _flat("", Config)  # dotted key -> pydantic field, in the order of the file
+_JSON_SCHEMA = Config.model_json_schema()["properties"] | {
+    f"lora.{name}": schema for name, schema in Lora.model_json_schema()["properties"].items()
+}
+_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+    "array": "a list of names",
+}
+_BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+def alternatives(key: str) -> list[dict]:
+    """Return the JSON schemas of what a dotted key accepts, one a kind of value: {"type": "integer", "minimum": 1}."""
+    schema = _JSON_SCHEMA[key]
+    return schema.get("anyOf") or [schema]
+
+
+def json_types(key: str) -> set[str]:
+    """Return the JSON types that a dotted key accepts: {"integer", "null"}."""
+    return {schema["type"] for schema in alternatives(key)}
+
+
+def literals(key: str) -> list[str]:
+    """Return the words that a dotted key accepts, where it accepts certain words only."""
+    return [word for schema in alternatives(key) for word in schema.get("enum", [schema.get("const")]) if word]
+
+
+def allowed(key: str) -> str:
+    """Return what a dotted key accepts, in words: `a whole number, at least 1, or null`."""
+    if key == "run":
+        return "a folder name of at most 80 characters, without slashes or a leading dot, or null"
+    return " or ".join(_in_words(schema) for schema in alternatives(key))
+
+
+def _in_words(schema: dict) -> str:
+    if schema["type"] == "null":
+        return "null"
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    bounds = [f", {words} {schema[bound]:g}" for bound, words in _BOUNDS.items() if bound in schema]
+    return _WORDS[schema["type"]] + "".join(bounds)
