@@ -1,0 +1,138 @@
+"""The CRF: loss and gradient against enumeration of all paths, windows of any shape, its file."""
+
+import itertools
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from ner import crf as crfs
+from ner import decoding
+from ner.errors import UserError
+
+LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+def random_crf(seed=0, labels=LABELS):
+    crf = crfs.Crf(labels)
+    with torch.no_grad():
+        crf.transitions.copy_(torch.randn(crf.transitions.shape, generator=torch.Generator().manual_seed(seed)))
+    return crf
+
+
+def batch(*labels, seed=1):
+    """Return random logits and these labels, padded with -100 to the longest."""
+    longest = max(map(len, labels))
+    rows = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in labels])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*rows.shape, len(LABELS), generator=generator, requires_grad=True), rows
+
+
+def enumerated_loss(crf, logits, labels):
+    """Return the summed negative log likelihood over all paths without a forbidden step, one window at a time."""
+    allowed, total = decoding.allowed_steps(LABELS), 0.0
+    for rows, gold in zip(logits, labels, strict=True):
+        rows, gold = rows[gold != -100], gold[gold != -100].tolist()
+        if not gold:
+            continue
+        worths = {}
+        for path in itertools.product(range(len(LABELS)), repeat=len(gold)):
+            if all(allowed[a, b] for a, b in itertools.pairwise(path)):
+                steps = sum(crf.transitions[a, b] for a, b in itertools.pairwise(path))
+                worths[path] = sum(rows[t, label] for t, label in enumerate(path)) + steps
+        total = total + torch.logsumexp(torch.stack(list(worths.values())), 0) - worths[tuple(gold)]
+    return total
+
+
+# Special tokens and later tokens of a word are -100, and a window may begin inside an entity.
+WINDOWS = [
+    [[0]],
+    [[1, 2, 0, 3, 4]],
+    [[-100, 1, 2, -100, 2, -100], [-100, 0, 3, 4], [-100, -100]],
+    [[2, 2, 0], [0], [-100]],
+]
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_loss_and_gradients_equal_enumeration(windows):
+    crf = random_crf()
+    logits, labels = batch(*windows)
+    gradients = []
+    for loss in (crf(logits, labels), enumerated_loss(crf, logits, labels)):
+        gradients.append((loss, *torch.autograd.grad(loss, [logits, crf.transitions], allow_unused=True)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-5)
+
+
+def test_a_window_costs_the_same_in_any_batch():
+    crf = random_crf()
+    logits, labels = batch([1, 2, 0, 0, 3, 4], [0, -100, 3], [-100, 1])
+    alone = sum(crf(logits[i : i + 1, : (labels[i] != -100).nonzero().max() + 1],
+                    labels[i : i + 1, : (labels[i] != -100).nonzero().max() + 1]) for i in range(3))  # fmt: skip
+    assert float(crf(logits, labels).detach()) == pytest.approx(float(alone.detach()), abs=1e-5)
+
+
+def test_a_batch_without_labels_costs_nothing():
+    logits, labels = batch([-100, -100])
+    loss = random_crf()(logits, labels)
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+def test_low_precision_logits_are_summed_in_float32():
+    logits, labels = batch([1, 2, 0, 0, 3, 4] * 30)
+    crf = random_crf()
+    loss = crf(logits.bfloat16(), labels)
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(crf(logits.bfloat16().float(), labels).detach()))
+
+
+def test_forbidden_steps_stay_forbidden_while_others_learn():
+    crf, (logits, labels) = random_crf(), batch([1, 2, 0, 3, 4], [0, 0, 0])
+    before = crf.steps().detach().clone()
+    crf(logits, labels).backward()
+    assert crf.transitions.grad.masked_select(crf.forbidden).abs().max() == 0
+    assert crf.transitions.grad.masked_select(~crf.forbidden).abs().min() > 0
+    torch.optim.SGD(crf.parameters(), lr=0.1).step()
+    assert (crf.steps() != before)[~crf.forbidden].all() and (crf.steps() == before)[crf.forbidden].all()
+
+
+def test_it_learns_what_follows_what():
+    """The logits say nothing of the type of an entity after another; the transitions learn that LOC follows PER."""
+    crf, labels = crfs.Crf(LABELS), torch.tensor([[3, 4, 1, 2, 0]])
+    logits = torch.zeros(1, 5, len(LABELS))
+    logits[0, range(5), labels[0]] = 2.0
+    logits[0, 2] = logits[0, 2, 3] = 2.0  # position 2: anything
+    optimizer = torch.optim.AdamW(crf.parameters(), lr=0.1)
+    losses = []
+    for _ in range(50):
+        loss = crf(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+    (path,) = decoding.decode([logits[0].numpy()], LABELS, "viterbi", crf.numpy())
+    assert path.tolist() == [3, 4, 1, 2, 0]
+
+
+def test_it_is_saved_and_loaded_bit_for_bit(tmp_path):
+    crf = random_crf()
+    crf.save(tmp_path)
+    assert torch.equal(crfs.load(tmp_path, LABELS).transitions, crf.transitions)
+    assert np.array_equal(crfs.load(tmp_path, LABELS).numpy(), crf.numpy())
+
+
+@pytest.mark.parametrize(("break_it", "says"), [
+    (lambda file: file.unlink(), "crf.safetensors is missing"),
+    (lambda file: file.write_bytes(b"x" * 40), "damaged"),
+    (lambda file: safetensors.torch.save_file({"other": torch.zeros(5, 5)}, file), "damaged"),
+    (lambda file: safetensors.torch.save_file({"transitions": torch.zeros(7, 7)}, file), "found 7 x 7"),
+    (lambda file: safetensors.torch.save_file({"transitions": torch.full((5, 5), torch.nan)}, file), "finite"),
+])  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, break_it, says):
+    random_crf().save(tmp_path)
+    break_it(tmp_path / crfs.FILE)
+    with pytest.raises(UserError, match=says):
+        crfs.load(tmp_path, LABELS)

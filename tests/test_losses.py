@@ -1,0 +1,46 @@
+"""The losses on tokens, checked against their formulas."""
+
+import pytest
+import torch
+
+from ner import losses
+
+GOLD = torch.tensor([[-100, 1, 2, 0], [0, -100, -100, -100]])
+
+
+def logits(seed=0):
+    return torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+def by_hand(rows, gold, smoothing=0.0, gamma=0.0):
+    total = 0.0
+    for window, labels in zip(rows, gold, strict=True):
+        for row, label in zip(window, labels, strict=True):
+            if label != -100:
+                log_probs = row.log_softmax(-1)
+                cost = -(1 - smoothing) * log_probs[label] - smoothing * log_probs.mean()
+                total = total + (1 - log_probs[label].exp()) ** gamma * cost
+    return total
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("kind", "gamma"), [("cross_entropy", 0.0), ("focal", 2.0)])
+def test_losses_equal_their_formula_with_their_gradients(kind, gamma, smoothing):
+    rows = logits()
+    ours = losses.loss_function(kind, smoothing)(rows, GOLD)
+    theirs = by_hand(rows, GOLD, smoothing, gamma)
+    assert ours.dtype == torch.float32 and float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(loss, rows)[0] for loss in (ours, theirs)), atol=1e-6)
+
+
+def test_the_focal_loss_hardly_counts_what_is_easy():
+    sure = torch.tensor([[[8.0, 0.0, 0.0]]])
+    gold = torch.tensor([[0]])
+    assert losses.token_loss(sure, gold, focal=True) < 1e-5 * losses.token_loss(sure, gold)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
+def test_nothing_labelled_costs_nothing_and_bf16_is_summed_in_float32(kind):
+    loss = losses.loss_function(kind)
+    assert loss(logits(), torch.full((2, 4), -100)) == 0
+    assert loss(logits().bfloat16(), GOLD).dtype == torch.float32
