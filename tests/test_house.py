@@ -150,34 +150,12 @@ def test_the_drawing_names_every_room_once(readme):
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
-def test_every_arrow_of_the_drawing_goes_down(readme):
-    level = {name: number for number, row in enumerate(drawing(ROOT / readme)) for name in row}
-    upward = {
+def test_every_arrow_of_the_drawing_goes_down_or_right(readme):
+    rooms = [name for row in drawing(ROOT / readme)[1:] for name in row]
+    backward = {
         f"{room(name)} imports {room(other)}"
         for name, others in imports_inside_ner().items()
         for other in others
-        if room(name) != room(other) and other != "ner" and not level[room(name)] < level[room(other)]
+        if room(name) != room(other) and other != "ner" and rooms.index(room(name)) > rooms.index(room(other))
     }
-    assert not upward
-
-
-def rows_of_imports() -> list[list[str]]:
-    """Return the rooms in as few rows as their imports allow, for the drawing: `python tests/test_house.py`."""
-    graph: dict[str, set[str]] = {room(name): set() for name in known_modules() if name != "ner"}
-    for name, others in imports_inside_ner().items():
-        if name != "ner":
-            graph[room(name)] |= {room(other) for other in others if other != "ner"} - {room(name)}
-
-    @functools.cache
-    def depth(name: str) -> int:
-        return 1 + max(map(depth, graph[name]), default=0)
-
-    rows: dict[int, list[str]] = {}
-    for name in sorted(graph):
-        rows.setdefault(depth(name), []).append(name)
-    return [rows[number] for number in sorted(rows, reverse=True)]
-
-
-if __name__ == "__main__":
-    for number, row in enumerate([[f"{script}.py" for script in SCRIPTS], *rows_of_imports()]):
-        print(f"{'ner/' if number == 1 else '':9} │ {'  '.join(row)}")
+    assert not backward
