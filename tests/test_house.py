@@ -9,7 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["main", "loader", "model", "evaluate", "predict"]
-KERNELS_MAY_IMPORT = {"kernels", "errors", "precision"}  # so that the folder can be deleted, and knows no config and no file
+KERNELS_MAY_IMPORT = {
+    "kernels",
+    "errors",
+    "precision",
+}  # so that the folder can be deleted, and knows no config and no file
 
 
 def module_name(file: Path) -> str:
