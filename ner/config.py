@@ -19,7 +19,7 @@ import yaml
 
 from ner import command_line, config_file
 from ner.config_schema import FIELDS, GROUPS, SAMPLE, Config, Lora, allowed
-from ner.errors import UserError
+from ner.errors import UserError, command
 from ner.paths import ROOT, expand_home, portable_path, resolve_path
 from ner.tunings import BASE_SIZE, TUNINGS
 
@@ -235,5 +235,11 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=10**9).strip()
 
 
-if __name__ == "__main__":
+@command
+def main() -> None:
+    """Print config.yaml."""
     print(dump(Config()), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,29 +1,80 @@
-"""The one error a user is meant to see, and how every command ends."""
+"""The one error a user is meant to see, and how every command begins and ends."""
 
+import contextlib
+import errno
 import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
+
+WRONG_USE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141  # exit codes
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 class UserError(Exception):
     """Something the user gave cannot be used. The text is one line: where, what was expected, what to do."""
 
 
-def command(main):
-    """Wraps a command's main(): a UserError becomes `error: …` on stderr and exit code 2, Ctrl-C exit code 130."""
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command's main(): its streams take any text, and what ends it is one line on stderr and an exit code.
+
+    A UserError, or a standard output that cannot be written, gives 2, Ctrl-C 130, a reader that went away 141.
+    """
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        _take_any_text()
         try:
-            return main(*args, **kwargs)
+            try:
+                return main(*args, **kwargs)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where what goes wrong can still be said
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _end(f"error: {error}", WRONG_USE)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            _end("interrupted", INTERRUPTED)
         except BrokenPipeError:  # the reader of a pipe (head, less) went away
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
+            _discard_output()
+            sys.exit(PIPE_CLOSED)
+        except OSError as error:
+            if not _output_is_broken(error):
+                raise
+            _discard_output()
+            _end(f"error: standard output: cannot be written ({error.strerror})", WRONG_USE)
 
     return wrapped
+
+
+def _take_any_text() -> None:
+    """Have the standard streams take every character: in UTF-8 for files and pipes, as the terminal can otherwise."""
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        if hasattr(stream, "reconfigure"):
+            encoding = {} if stream.isatty() else {"encoding": "utf-8"}
+            with contextlib.suppress(OSError, ValueError):  # closed, or read from already
+                stream.reconfigure(errors="replace", **encoding)
+
+
+def _output_is_broken(error: OSError) -> bool:
+    """Whether the error comes from standard output, which then fails again on one character more."""
+    if error.filename is not None or error.errno not in DISK_ERRORS or sys.stdout is None:
+        return False
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Send what is left for standard output nowhere, so that Python does not fail once more when it ends."""
+    with contextlib.suppress(OSError, ValueError):  # no file of the system, as under a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end(line: str, code: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # stderr is closed, or full too
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -275,7 +275,7 @@ def test_missing_default_files_are_brought(tmp_path, monkeypatch):
         raise main.UserError("no network here")
 
     monkeypatch.setattr(msra, "ensure", ensure)
-    monkeypatch.setattr(settings, "resolve_path", lambda path: None)
+    monkeypatch.setattr(settings, "resolve_path", lambda path, from_project=False: None)
     with pytest.raises(SystemExit) as end:
         main.main(["--output", str(tmp_path), "--epochs", "1"])
     assert end.value.code == 2 and brought == [1]

@@ -1,0 +1,91 @@
+"""ner/errors.py: every command takes any text, and ends with one line and an exit code whatever happens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = Path("/dev/full")
+
+
+def run(code: str, **keys) -> subprocess.CompletedProcess:
+    """Run a command whose main() holds `code`, as a process of its own."""
+    body = "\n".join("    " + line for line in code.splitlines())
+    script = f"import sys\nfrom ner.errors import UserError, command\n@command\ndef main():\n{body}\nmain()\n"
+    keys = {"stdout": subprocess.PIPE} | keys
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, timeout=60, **keys)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("print('fine')", 0, b""),
+        ("raise UserError('config.yaml:3: 北京')", 2, "error: config.yaml:3: 北京\n".encode()),
+        ("raise UserError('\\ud800')", 2, b"error: ?\n"),
+        ("raise KeyboardInterrupt", 130, b"interrupted\n"),
+        ("raise BrokenPipeError", 141, b""),
+        ("sys.exit(7)", 7, b""),
+    ],
+)
+def test_how_a_command_ends(code, status, said):
+    done = run(code)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("settings", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_chinese_is_printed_whatever_the_locale(settings):
+    code = r"print('\u6c5f\u6cfd\u6c11\ud800'); raise UserError('\u5317\u4eac')"  # 江泽民, 北京
+    done = run(code, env=os.environ | settings)
+    assert done.stdout.decode("utf-8") == "江泽民?\n"
+    assert done.stderr.decode("utf-8") == "error: 北京\n"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("code", ["print('short')", "print('long' * 10**6)", "print('x'); sys.exit(0)"])
+def test_a_full_disk_behind_standard_output_is_one_line(code, unbuffered):
+    with open(FULL, "w") as full:
+        done = run(code, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode == 2
+    assert done.stderr == b"error: standard output: cannot be written (No space left on device)\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "import os\nr, w = os.pipe()\nos.dup2(w, 1)\nos.close(r)\nos.close(w)\nprint('x' * 10**6)"
+    done = run(code)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_closed_streams_are_no_error():
+    command = f"exec {sys.executable} -c \"from ner.errors import command\ncommand(lambda: print('x'))()\" >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_other_errors_keep_their_traceback():
+    done = run("open('/nowhere/at/all')")
+    assert done.returncode == 1 and b"FileNotFoundError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["main.py", "--help"],
+        ["loader.py", "--help"],
+        ["predict.py", "--help"],
+        ["evaluate.py", "--help"],
+        ["model.py", "--help"],
+        ["-m", "ner.report", "--help"],
+        ["-m", "ner.config"],
+    ],
+)
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+def test_every_command_says_that_its_output_is_full(argv):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # argparse hides it
+    keys = {"cwd": ROOT, "env": buffered, "stderr": subprocess.PIPE, "timeout": 60, "text": True}
+    with open(FULL, "w") as full:
+        done = subprocess.run([sys.executable, *argv], stdout=full, **keys)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: standard output: cannot be written")
