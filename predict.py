@@ -4,391 +4,233 @@
     for entity in predictor.predict(["江泽民在北京。"])[0]:
         print(entity.text, entity.type, entity.start, entity.end, entity.score)
 
-Torch is imported when a model is loaded, so that --help and wrong arguments are answered at once. Files are read in
-chunks of bounded size: sorting a chunk's texts by length fills batches well, and memory does not grow with the file.
+Neither numpy nor a model is loaded before the arguments are known to be right, and torch only where it computes.
 """
 
 import argparse
 import contextlib
-import json
+import heapq
+import logging
 import os
-import re
-import secrets
-import shutil
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ner.errors import UserError, command
 
-CHUNK_TEXTS, CHUNK_CHARACTERS = 2048, 65536  # a chunk ends with the text that reaches either
-COLOURS = (117, 216, 120, 183, 222, 211, 123, 153, 187, 225)  # of 256; all light, so that black text is read on them
-_LONE = re.compile("[\ud800-\udfff]")  # surrogates without a partner, which no tokenizer takes
+if TYPE_CHECKING:
+    from ner.predictor import Entity, Predictor, Result
 
-_last = None  # the predictor that the module's predict() uses
+FORMATS = ("text", "jsonl", "bio", "html", "labelstudio", "doccano")  # ner/writers.py writes them
+FORMAT_HELP = """text: an entity a line; jsonl: a text a line, with offsets; bio: tags; html: a page; labelstudio,
+doccano: what these tools import as pre-annotations"""
 
-
-@dataclass(slots=True, frozen=True)
-class Entity:
-    """text == the whole text[start:end]; offsets count characters, half-open; score: 0 to 1."""
-
-    text: str
-    type: str
-    start: int
-    end: int
-    score: float
+_last: "Predictor | None" = None  # the one that the module's predict() uses
 
 
-class Predictor:
-    """A loaded model, ready for texts. `types`: what it can find, sorted."""
+def load(
+    run: str | Path | None = None,
+    batch_size: int = 32,
+    precision: str = "auto",
+    engine: str = "auto",
+    threads: int | None = None,
+) -> "Predictor":
+    """Load a run's model; see ner.predictor.load. The module's predict() uses the one loaded last."""
+    from ner import predictor
 
-    def __init__(self, tagger):
-        self.unit = tagger.unit
-        self.types = sorted({label[2:] for label in tagger.labels if label != "O"})
-        self.tagger = tagger
-
-    def predict(self, texts: list[str]) -> list[list[Entity]]:
-        """The entities of each text, in order of their offsets. Texts may be empty and of any length."""
-        from ner.windows import text_units
-
-        if isinstance(texts, str):
-            raise TypeError("predict() takes a list of texts; for one text give [text]")
-        units = [text_units(_LONE.sub("\ufffd", text), self.unit) for text in texts]
-        kept = [i for i, cut in enumerate(units) if cut]
-        tagged = self.tagger.tag([[unit for unit, _, _ in units[i]] for i in kept])
-        found = [[] for _ in texts]
-        for i, (tags, scores) in zip(kept, tagged, strict=True):
-            found[i] = _entities(texts[i], units[i], tags, scores)
-        return found
-
-
-def load(run: str | Path | None = None, batch_size: int = 32, precision: str = "auto") -> Predictor:
-    """Loads a run's model: a run folder, a model folder, or None for the newest finished run under output/.
-
-    The GPU is taken where there is one. precision: as config.yaml calls it. Raises UserError where there is no model or
-    it is damaged.
-    """
     global _last
-    folder = _folder(run)
-    import torch
-
-    from ner.tagging import Tagger
-
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    _last = Predictor(Tagger.of(folder, device, precision, batch_size))
+    _last = predictor.load(run, batch_size, precision, engine, threads)
     return _last
 
 
-def predict(texts: list[str]) -> list[list[Entity]]:
-    """Predictor.predict with the model loaded last, or the newest finished run's."""
+def predict(texts: list[str]) -> "list[list[Entity]]":
+    """Return the entities of each text, by the model loaded last, or the newest finished run's."""
     return (_last or load()).predict(texts)
 
 
-def _folder(run) -> Path:
-    if run is None:
-        from ner import scores as scoring
+def __getattr__(name: str) -> type:
+    """Give Entity, Predictor and Result, which stand in ner/predictor.py, when they are asked for."""
+    if name not in ("Entity", "Predictor", "Result"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ner import predictor
 
-        run = scoring.newest_run()
-    folder = Path(run)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a run, such as output/20240506-104917, or its model folder")
-    return folder
+    return getattr(predictor, name)
 
 
-def _entities(text: str, units: list[tuple], tags: list[str], scores) -> list[Entity]:
-    """Entities of one text; white space at the ends of one is not part of it."""
-    from ner.decoding import spans
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Print or write the entities of the texts given; see --help."""
+    options = _arguments(argv)
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", **({} if stream.isatty() else {"encoding": "utf-8"}))
+    logging.basicConfig(format="warning: %(message)s")
+    prompt = not options.texts and not options.input and sys.stdin.isatty() and options.format == "text"
+    if prompt and options.uncertain:
+        raise UserError("--uncertain chooses from many texts; name a file of them with --input")
+    colour = options.format == "text" and not options.output and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    from ner.predictor import run_folder
+    from ner.texts import chunks
+    from ner.writers import writer
 
-    entities = []
-    for name, first, last in spans(tags):
-        while first < last and units[first][0].isspace():
-            first += 1
-        while first < last and units[last - 1][0].isspace():
-            last -= 1
-        if first < last:
-            start, end = units[first][1], units[last - 1][2]
-            entities.append(Entity(text[start:end], name, start, end, float(scores[first:last].mean())))
-    return entities
+    folder = run_folder(options.run)
+    predictor = load(folder, options.batch_size, options.precision, options.engine, options.threads)
+    if prompt:
+        return _prompt(predictor, colour)
+    if "torch" in sys.modules:  # clearing new memory took PyTorch a third of the time; this process is ours
+        from ner.kernels.memory import keep_freed_memory
 
-
-def as_json(text: str, entities: list[Entity]) -> str:
-    """{"text", "entities": [{"text", "type", "start", "end", "score"}]} on one line."""
-    record = {"text": text, "entities": [
-        {"text": e.text, "type": e.type, "start": e.start, "end": e.end, "score": round(e.score, 6)} for e in entities]}
-    # A lone surrogate has no UTF-8; as an escape it survives.
-    return json.dumps(record, ensure_ascii=bool(_LONE.search(text))) + "\n"
-
-
-def as_bio(text: str, entities: list[Entity], unit: str = "character") -> str:
-    """`character tag` lines and a blank one, as loader.py reads them (`word tag` for a model of words).
-
-    White space and the byte-order mark are no tokens of that format: they are left out.
-    """
-    from ner.windows import text_units
-
-    lines, rest = [], iter(entities)
-    entity, inside = next(rest, None), False
-    for token, start, end in text_units(_LONE.sub("\ufffd", text), unit):
-        if entity and start >= entity.end:
-            entity, inside = next(rest, None), False
-        if token := "".join(token.split()).replace("\ufeff", ""):
-            within = entity and entity.start <= start
-            lines.append(f"{token} {'I-' if inside else 'B-'}{entity.type}\n" if within else f"{token} O\n")
-            inside = within
-    return "".join(lines) + "\n" if lines else ""
+        keep_freed_memory()
+    several = bool(options.input) or len(options.texts) != 1
+    name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
+    form = writer(options.format, predictor.types, predictor.unit, name, colour, several)
+    with _source(options) as texts, _output(options.output) as write:
+        groups: Iterable[list[Result]] = map(predictor.results, chunks(texts))
+        if options.uncertain:
+            groups = [least_certain(groups, options.uncertain)]
+        write(form.head)
+        separator = ""
+        for group in groups:
+            for result in group:
+                write(separator + form.record(result))
+                separator = form.separator
+            write("", flush=True)
+        write(form.tail, flush=True)
 
 
-def as_html(text: str, entities: list[Entity], types: list[str] = ()) -> str:
-    """The text as a paragraph with its entities marked; everything escaped."""
-    from ner import markup
-
-    marked = [(e.type, e.start, e.end, None) for e in entities]
-    parts = markup.segments(text, marked, whole=True)
-    return str(markup.templates().sentence(parts, markup.hues(types), markup.language(text))).strip() + "\n"
-
-
-def as_text(text: str, entities: list[Entity], types: list[str] = (), colour: bool = False, title: bool = True) -> str:
-    """For a person: the text (with `colour`: its entities on coloured ground), then an entity a line, tabs between.
-
-    Control characters become pictures, so that no text can command the terminal. title: False leaves a plain text out.
-    """
-    from ner.markup import visible
-
-    marked, at = [], 0
-    for e in entities if colour else ():
-        number = COLOURS[types.index(e.type) % len(COLOURS)]
-        marked += [visible(text[at:e.start]), f"\x1b[38;5;16;48;5;{number}m{visible(e.text)}\x1b[0m"
-                   f"\x1b[2m{visible(e.type)}\x1b[0m"]
-        at = e.end
-    lines = ["".join(marked) + visible(text[at:])] if colour or title else []
-    lines += [f"{visible(e.text)}\t{visible(e.type)}\t{e.start}\t{e.end}\t{e.score:.4f}" for e in entities]
-    return "".join(f"{line}\n" for line in lines) + "\n" * title
+def least_certain(groups: "Iterable[list[Result]]", count: int) -> "list[Result]":
+    """Return the `count` results of least margin, the least first: what to label next. The same text comes once."""
+    heap: list[tuple[float, int, Result]] = []  # the one to drop next on top
+    texts: set[str] = set()
+    for number, result in enumerate(result for group in groups for result in group):
+        if not result.text.strip() or result.text in texts:
+            continue
+        if len(heap) == count:
+            if result.margin >= -heap[0][0]:
+                continue
+            texts.discard(heapq.heappop(heap)[2].text)
+        heapq.heappush(heap, (-result.margin, -number, result))
+        texts.add(result.text)
+    return [result for _, _, result in sorted(heap, reverse=True)]
 
 
-def _format(name: str, predictor: Predictor, colour: bool, several: bool):
-    """(head, record, tail) of a format: a text before, a function (text, entities) -> str, a text after."""
-    types = predictor.types
-    if name == "html":
-        from ner import markup
-
-        page = markup.templates()
-        head = str(page.head("Entities")).lstrip() + str(page.legend(markup.hues(types)))
-        return head, lambda text, found: as_html(text, found, types), str(page.tail()).lstrip()
-    record = {"jsonl": as_json, "bio": lambda text, found: as_bio(text, found, predictor.unit),
-              "text": lambda text, found: as_text(text, found, types, colour, several)}[name]
-    return "", record, ""
-
-
-def read_texts(stream, name: str):
-    """Yields the texts of a binary stream, one a line (only LF and CRLF end one), in UTF-8 or GB18030, with BOM or not.
-
-    The first line beyond ASCII decides on the encoding; later bytes that do not fit it become U+FFFD, with a warning.
-    Raises UserError with file and line for what is no text.
-    """
-    encoding, settled, bad, first_bad = "utf-8", False, 0, 0
-    for number, raw in enumerate(stream, 1):
-        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-        if b"\0" in raw:
-            raise UserError(f"{name}:{number}: a NUL character: this is not a text file; give UTF-8, one text a line")
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:
-            text = raw.decode(encoding, errors="replace")
-            # GB18030 accepts much that is damaged UTF-8, so it is tried only for what hardly fits UTF-8 at all.
-            if not settled and text.count("\ufffd") * 10 > sum(character > "\x7f" for character in text):
-                try:
-                    encoding, text = "gb18030", raw.decode("gb18030")
-                except UnicodeDecodeError:
-                    raise UserError(f"{name}:{number}: neither UTF-8 nor GB18030; save it as UTF-8 text") from None
-            else:
-                bad, first_bad = bad + 1, first_bad or number
-        settled = settled or not raw.isascii()
-        yield text
-    if bad:
-        print(f"warning: {name}:{first_bad}: not {encoding}; what does not fit became \ufffd in {bad} lines",
-              file=sys.stderr)
-
-
-def chunks(texts):
-    """Groups texts into lists of bounded size, in order."""
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if len(chunk) >= CHUNK_TEXTS or size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _arguments(argv):
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line, checked before anything is loaded. Raises UserError."""
     parser = argparse.ArgumentParser(
-        description="Finds the entities in texts. Without a text: a prompt on a terminal, else standard input.")
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="one or more texts")
-    parser.add_argument("--input", metavar="FILE", help="a text a line, UTF-8 or GB18030; - is standard input")
-    parser.add_argument("--output", metavar="FILE", help="write there instead of the terminal (jsonl unless --format)")
-    parser.add_argument("--json", action="store_true", help="the same as --format jsonl")
-    parser.add_argument("--format", choices=("text", "jsonl", "bio", "html"),
-                        help="text: an entity a line; jsonl: a text a line, with offsets; bio: tags; html: a page")
-    parser.add_argument("--run", metavar="DIR", help="a run's folder (default: the newest finished one under output/)")
-    parser.add_argument("--batch_size", type=int, default=32, help="windows in a batch (default: 32)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="auto (default): as a run is scored")
+        description="Finds the entities in texts. Without a text: a prompt on a terminal, else standard input."
+    )
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="one or more texts")
+    add("--input", metavar="FILE", help="a text a line, UTF-8 or GB18030; - is standard input")
+    add("--output", metavar="FILE", help="write there instead of the terminal (jsonl unless --format)")
+    add("--json", action="store_true", help="the same as --format jsonl")
+    add("--format", choices=FORMATS, help=FORMAT_HELP)
+    add("--uncertain", type=int, metavar="N", help="only the N texts the model is least sure of, the least sure first")
+    add("--run", metavar="DIR", help="a run's folder (default: the newest finished one under output/)")
+    add("--batch_size", type=int, default=32, help="windows in a batch (default: 32)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    engines = (
+        "onnx: the exported file; torch: the model itself; auto (default): torch on a GPU, onnx on a CPU"
+    )
+    add("--engine", choices=("auto", "onnx", "torch"), default="auto", help=engines)
+    precisions = "what torch computes in; auto (default): as a run is scored"
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precisions)
     options = parser.parse_args(argv)
     if options.texts and options.input:
         raise UserError("give texts or --input, not both")
     if options.json and options.format not in (None, "jsonl"):
         raise UserError(f"--json and --format {options.format} contradict each other")
-    if options.batch_size < 1:
-        raise UserError(f"--batch_size {options.batch_size}: at least 1")
-    if options.input and options.input != "-":
-        if not Path(options.input).exists():
-            raise UserError(f"{options.input}: no such file")
-        if Path(options.input).is_dir():
-            raise UserError(f"{options.input}: a folder; give a file, a text a line")
-        if options.output and Path(options.output).exists() and os.path.samefile(options.input, options.output):
-            raise UserError(f"{options.output}: input and output are the same file")
+    for name in ("batch_size", "threads", "uncertain"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: at least 1")
+    if options.engine == "onnx" and options.precision != "auto":
+        raise UserError(f"--precision {options.precision} is for --engine torch; onnx computes as it was exported")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError("predict.py uses all cores from one process; start it without torchrun or accelerate launch")
+    _check_files(options)
     options.format = options.format or ("jsonl" if options.json or options.output else "text")
     return options
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Prints or writes the entities of the texts given; see --help."""
-    options = _arguments(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not options.input:
-        if rank > 0:
-            return  # a few texts are one process's work
-        world = 1
-    if world > 1 and (options.input == "-" or not options.output):
-        raise UserError("several processes need --input FILE and --output FILE, where each of them can read and write")
-    folder = _folder(options.run)
-    prompt = not options.texts and not options.input and sys.stdin.isatty() and options.format == "text"
-    for stream in (sys.stdout, sys.stderr, sys.stdin):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace", **({} if stream.isatty() else {"encoding": "utf-8"}))
-    colour = options.format == "text" and not options.output and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    if world > 1:
-        return _share(options, folder, rank, world)
-    predictor = load(folder, options.batch_size, options.precision)
-    with _opened(options) as source, _output(options.output) as write:
-        several = bool(options.input) or len(options.texts) != 1
-        head, record, tail = _format(options.format, predictor, colour, several)
-        if prompt:
-            return _prompt(predictor, colour)
-        write(head)
-        for chunk in chunks(source):
-            write("".join(map(record, chunk, predictor.predict(chunk))))
-        write(tail)
+def _check_files(options: argparse.Namespace) -> None:
+    if options.input and options.input != "-":
+        options.input = os.path.expanduser(options.input)
+        if not Path(options.input).exists():
+            raise UserError(f"{options.input}: no such file")
+        if Path(options.input).is_dir():
+            raise UserError(f"{options.input}: a folder; give a file, a text a line")
+    if options.output and options.output != "-":
+        options.output = os.path.expanduser(options.output)
+        if Path(options.output).is_dir():
+            raise UserError(f"{options.output}: a folder; give the name of a file to write")
+        both = options.input and os.path.exists(options.input) and os.path.exists(options.output)
+        if both and os.path.samefile(options.input, options.output):
+            raise UserError(f"{options.output}: input and output are the same file")
 
 
 @contextlib.contextmanager
-def _opened(options):
-    """The texts to tag, as an iterator."""
+def _source(options: argparse.Namespace) -> Iterator[Iterable[str]]:
+    """Open the texts to tag. Raises UserError where the file cannot be opened."""
+    from ner.texts import read_texts
+
     if options.texts:
         yield options.texts
     elif options.input and options.input != "-":
-        try:
-            file = open(options.input, "rb", buffering=1 << 16)
-        except OSError as error:
-            raise UserError(f"{options.input}: cannot be read ({error.strerror})") from None
-        with file:
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(options.input, "rb", buffering=1 << 16))
+            except OSError as error:
+                raise UserError(f"{options.input}: cannot be read ({error.strerror})") from None
             yield read_texts(file, options.input)
     else:
         yield read_texts(sys.stdin.buffer, "standard input") if not sys.stdin.isatty() or options.input else ()
 
 
 @contextlib.contextmanager
-def _output(path: str | None):
-    """A function that writes text to a file, or to standard output where there is none."""
-    name = "standard output" if path in (None, "-") else path
-    with _writing(name):
-        file = sys.stdout if path in (None, "-") else open(path, "w", encoding="utf-8", newline="\n")
+def _output(path: str | None) -> Iterator[Callable[..., None]]:
+    """Open a function that writes text to a file, or to standard output where there is none.
 
-    def write(text):
-        with _writing(name):
-            file.write(text)
-            file.flush()
+    A file is written beside its place and renamed at the end, so what was there stays until all is written. Raises
+    UserError where it cannot be written.
+    """
+    from ner.files import replacing
 
+    standard = path in (None, "-")
+    name = "standard output" if standard else path
     try:
-        yield write
-    finally:
-        if file is not sys.stdout:
-            with contextlib.suppress(OSError):  # write() has flushed and reported
-                file.close()
+        with contextlib.ExitStack() as stack:
+            if standard:
+                file = sys.stdout
+            else:
+                temporary = stack.enter_context(replacing(path))
+                file = stack.enter_context(open(temporary, "w", encoding="utf-8", newline="\n"))
 
+            def write(text: str, flush: bool = False) -> None:
+                file.write(text)
+                if flush:
+                    file.flush()
 
-@contextlib.contextmanager
-def _writing(path):
-    try:
-        yield
+            yield write
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{name}: cannot be written ({error.strerror})") from None
 
 
-def _prompt(predictor: Predictor, colour: bool) -> None:
+def _prompt(predictor: "Predictor", colour: bool) -> None:
+    """Tag what a person types, a text at a time, until Ctrl-D."""
+    from ner.writers import plain
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history in input()
     print(f"Type a sentence to see its entities ({', '.join(predictor.types)}). Ctrl-D ends.")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             if text := input("> "):
-                found = predictor.predict([text])[0]
-                shown = as_text(text, found, predictor.types, colour, title=False)
-                print(shown or "none\n", end="")
+                result = predictor.results([text])[0]
+                print(plain(result, predictor.types, colour, title=False) or "none\n", end="")
     print()
-
-
-def _share(options, folder: Path, rank: int, world: int) -> None:
-    """One process's part under `torchrun -- predict.py …` or accelerate launch: every world-th chunk of the input.
-
-    Each chunk becomes a file in a folder beside the output; the first process joins them in the input's order as they
-    appear. A number that the first one draws names the folder, so that nothing of an earlier launch is read.
-    """
-    from torch import distributed, tensor
-
-    distributed.init_process_group("gloo")
-    key = tensor(secrets.randbits(60))
-    if rank == 0:
-        with _writing(options.output):
-            Path(f"{options.output}.{key.item():x}").mkdir()
-    distributed.broadcast(key, 0)
-    parts = Path(f"{options.output}.{key.item():x}")
-    try:
-        predictor = load(folder, options.batch_size, options.precision)
-        head, record, tail = _format(options.format, predictor, False, True)
-        with _opened(options) as source, _output(options.output if rank == 0 else os.devnull) as write:
-            count = 0
-            for count, chunk in enumerate(chunks(source), 1):
-                if (count - 1) % world == rank:
-                    text, part = "".join(map(record, chunk, predictor.predict(chunk))), parts / f"{count}.new"
-                    with _writing(part):
-                        part.write_text(text, encoding="utf-8", newline="\n")
-                        part.rename(parts / str(count))
-            write(head)
-            for part in (parts / str(number) for number in range(1, count + 1) if rank == 0):
-                while not part.exists():
-                    if (parts / "failed").exists():
-                        raise UserError("another process failed; its own message says why")
-                    time.sleep(0.05)
-                write(part.read_text(encoding="utf-8"))
-                part.unlink()
-            write(tail)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            (parts / "failed").touch()
-        raise
-    finally:
-        if rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

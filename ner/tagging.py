@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ner import batches, decoding, windows
-from ner.engines import Engine, TorchEngine
+from ner.engines import Engine, OnnxEngine, TorchEngine, how_to_export
+from ner.errors import UserError
+from ner.meta import model_folder, read_meta
+from ner.onnx_file import FILES, exported_file
+from ner.tokens import FastTokenizer
 
 if TYPE_CHECKING:
     import torch
 
-MOST_TOKENS, LEAST_TOKENS = 2048, 256  # of a batch on a CPU: what fits its caches; what is worth a call
+LEAST_TOKENS = 256  # of a batch on a CPU: what is worth a call
 BATCHES_AT_ONCE = 64  # batches' worth of sentences whose scores are held in memory together
 
 
@@ -23,7 +27,7 @@ class Tagger:
     """A model with its tokenizer, ready to tag. `meta` is what ner.json holds."""
 
     def __init__(self, model: "torch.nn.Module | Engine", tokenizer, meta: dict, batch_size: int = 32):
-        self.engine: Engine = model if hasattr(model, "logits") else TorchEngine(model)
+        self.engine: Engine = model if hasattr(model, "workers") else TorchEngine(model)
         self.labels, self.decode, self.unit = meta["labels"], meta["decode"], meta["unit"]
         self.windower = windows.Windower(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
         self.pad_id = tokenizer.pad_token_id or 0
@@ -31,17 +35,35 @@ class Tagger:
 
     @classmethod
     def of(
-        cls, run: str | Path, device: "str | torch.device" = "cpu", precision: str = "auto", batch_size: int = 32
+        cls,
+        run: str | Path,
+        device: "str | torch.device" = "cpu",
+        precision: str = "auto",
+        batch_size: int = 32,
+        engine: str = "torch",
+        threads: int | None = None,
     ) -> "Tagger":
-        """Return the tagger of a run or model folder, computed by PyTorch in `precision` as training computes.
+        """Return the tagger of a run or model folder.
 
-        precision: as config.yaml calls it. Raises UserError where the model is missing or damaged.
+        engine: "torch" computes on `device` in `precision`, which config.yaml explains, as training does; "onnx"
+        computes the exported file of the folder on the CPU. threads: all cores, or what torch has, where None.
+        Raises UserError where the model or the file is missing, damaged, or does not fit ner.json.
         """
-        from ner import kernels
-        from ner.precision import choose_dtype
-        from ner import model as models
+        folder = model_folder(run)
+        if engine == "onnx":
+            file, meta = exported_file(folder), read_meta(folder)
+            if file is None:
+                raise UserError(f"{folder}: there is no {' or '.join(FILES)}; {how_to_export(folder)}")
+            return cls(OnnxEngine(file, meta["labels"], threads), FastTokenizer(folder), meta, batch_size)
+        import torch
 
-        model, tokenizer, meta = models.load(run, device, attention=kernels.attention_implementation(device))
+        from ner import kernels
+        from ner import model as models
+        from ner.precision import choose_dtype
+
+        if threads:
+            torch.set_num_threads(threads)
+        model, tokenizer, meta = models.load(folder, device, attention=kernels.attention_implementation(device))
         kernels.prepare(model, choose_dtype(precision, device)[0], device)
         return cls(model, tokenizer, meta, batch_size)
 
@@ -66,7 +88,7 @@ class Tagger:
         if not self.engine.on_cpu:
             return batches.by_length(cut, self.batch_size)
         share = sum(len(window.ids) for window in cut) // (2 * self.engine.threads)
-        return batches.by_length(cut, self.batch_size, min(MOST_TOKENS, max(LEAST_TOKENS, share)))
+        return batches.by_length(cut, self.batch_size, min(self.engine.most_tokens, max(LEAST_TOKENS, share)))
 
     def decoded(self, log_probs: list[np.ndarray]) -> list[tuple[list[str], np.ndarray]]:
         """Return tags and the probability of each, float32 [n], by the run's way of decoding."""
@@ -76,12 +98,14 @@ class Tagger:
             for rows, path in zip(log_probs, paths, strict=True)
         ]
 
-    def tag(self, sentences: list[list[str]]) -> list[tuple[list[str], np.ndarray]]:
-        """Return for each sentence of n units: n IOB2 tags, and float32 [n], the probability of the chosen tag."""
-        tagged: list[tuple[list[str], np.ndarray]] = []
+    def tag(self, sentences: list[list[str]]) -> list[tuple[list[str], np.ndarray, float]]:
+        """Return for each sentence of n units: n IOB2 tags, the probability of each, float32 [n], and the margin."""
+        tagged: list[tuple[list[str], np.ndarray, float]] = []
         step = self.batch_size * BATCHES_AT_ONCE
         for start in range(0, len(sentences), step):
-            tagged += self.decoded(self.log_probs(sentences[start : start + step]))
+            log_probs = self.log_probs(sentences[start : start + step])
+            for (tags, probs), rows in zip(self.decoded(log_probs), log_probs, strict=True):
+                tagged.append((tags, probs, least_margin(rows)))
         return tagged
 
 
@@ -89,3 +113,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return log-probabilities, float32 [n, labels], of logits [n, labels]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def least_margin(log_probs: np.ndarray) -> float:
+    """Return the least lead of the best tag over the next, as probabilities, of log-probabilities [n, labels]."""
+    if not len(log_probs) or log_probs.shape[-1] < 2:
+        return 1.0
+    best_two = np.exp(np.partition(log_probs, -2, axis=-1)[:, -2:])
+    return float((best_two[:, 1] - best_two[:, 0]).min())

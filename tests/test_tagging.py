@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from ner import config, model, tagging
+from ner import config, model
 from ner.tagging import Tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
@@ -54,7 +54,7 @@ def test_batches_on_a_cpu_are_small_and_whole(saved):
     made = tagger._batches(cut)
     assert sorted(id(w) for batch in made for w in batch) == sorted(map(id, cut))
     assert max(len(batch) for batch in made) <= tagger.batch_size
-    assert max(len(batch) * len(batch[0].ids) for batch in made) <= tagging.MOST_TOKENS
+    assert max(len(batch) * len(batch[0].ids) for batch in made) <= tagger.engine.most_tokens
     assert len(tagger._batches(cut[-10:])) > 1  # one for each thread of a small machine
 
 
