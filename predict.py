@@ -78,10 +78,6 @@ def main(argv: list[str] | None = None) -> None:
     predictor = load(folder, options.batch_size, options.precision, options.engine, options.threads)
     if prompt:
         return _prompt(predictor, colour)
-    if "torch" in sys.modules:  # clearing new memory took PyTorch a third of the time; this process is ours
-        from ner.kernels.memory import keep_freed_memory
-
-        keep_freed_memory()
     several = bool(options.input) or len(options.texts) != 1
     name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
     form = writer(options.format, predictor.types, predictor.unit, name, colour, several)
