@@ -126,9 +126,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--run", metavar="DIR", help="a run's folder (default: the newest finished one under output/)")
     add("--batch_size", type=int, default=32, help="windows in a batch (default: 32)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    engines = (
-        "onnx: the exported file; torch: the model itself; auto (default): torch on a GPU, onnx on a CPU"
-    )
+    engines = "onnx: the exported file; torch: the model itself; auto (default): torch on a GPU, onnx on a CPU"
     add("--engine", choices=("auto", "onnx", "torch"), default="auto", help=engines)
     precisions = "what torch computes in; auto (default): as a run is scored"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precisions)
@@ -192,11 +190,10 @@ def _output(path: str | None) -> Iterator[Callable[..., None]]:
     """
     from ner.files import replacing
 
-    standard = path in (None, "-")
-    name = "standard output" if standard else path
+    name = path if path and path != "-" else "standard output"
     try:
         with contextlib.ExitStack() as stack:
-            if standard:
+            if path is None or path == "-":
                 file = sys.stdout
             else:
                 temporary = stack.enter_context(replacing(path))

@@ -28,9 +28,14 @@ SLOW_FUSIONS = ["SkipLayerNormFusion"]
 class Engine(Protocol):
     """One loaded model. On a CPU `threads` batches run at a time, each of at most `most_tokens` with its padding."""
 
-    on_cpu: bool
-    threads: int
-    most_tokens: int
+    @property
+    def on_cpu(self) -> bool: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def most_tokens(self) -> int: ...
 
     def logits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Return logits, float32 [batch, length, labels], of token ids and attention mask, int64 [batch, length]."""

@@ -11,6 +11,7 @@ from ner import decoding
 from ner.engines import best_device, choose_engine
 from ner.errors import UserError
 from ner.meta import model_folder, read_meta
+from ner.paths import resolve_path
 from ner.tagging import Tagger
 from ner.tunings import TUNINGS
 from ner.windows import text_units
@@ -93,9 +94,9 @@ def run_folder(run: str | Path | None) -> Path:
         from ner.scores import newest_run
 
         run = newest_run()
-    folder = Path(run).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a run, such as output/20240506-104917, or its model folder")
+    folder = resolve_path(run)
+    if folder is None or not folder.is_dir():
+        raise UserError(f"{run}: no such folder; give a run, such as output/20240506-104917, or its model folder")
     return folder
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ner.config import ROOT
 from ner.corpus import Sentence
 from ner.decoding import spans
 from ner.errors import UserError
+from ner.paths import ROOT
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -5,7 +5,7 @@ windows are padded into batches of like length, and each character's logits come
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +26,8 @@ BATCHES_AT_ONCE = 64  # batches' worth of sentences whose scores are held in mem
 class Tagger:
     """A model with its tokenizer, ready to tag. `meta` is what ner.json holds."""
 
-    def __init__(self, model: "torch.nn.Module | Engine", tokenizer, meta: dict, batch_size: int = 32):
-        self.engine: Engine = model if hasattr(model, "workers") else TorchEngine(model)
+    def __init__(self, model: "torch.nn.Module | OnnxEngine", tokenizer: Any, meta: dict, batch_size: int = 32):
+        self.engine: Engine = model if isinstance(model, OnnxEngine) else TorchEngine(model)
         self.labels, self.decode, self.unit = meta["labels"], meta["decode"], meta["unit"]
         self.windower = windows.Windower(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
         self.pad_id = tokenizer.pad_token_id or 0

@@ -57,7 +57,7 @@ def test_book_in_one_line(predictor, run, tmp_path, capsys):
     predict.main(["--run", str(run), "--input", str(tmp_path / "book.txt"), "--output", str(tmp_path / "book.jsonl")])
     record = json.loads((tmp_path / "book.jsonl").read_text(encoding="utf-8"))
     assert record["text"] == book and len(record["entities"]) > 100_000
-    assert all(book[e["start"]:e["end"]] == e["text"] for e in record["entities"])
+    assert all(book[e["start"] : e["end"]] == e["text"] for e in record["entities"])
 
 
 # The command.
@@ -149,21 +149,38 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, run):
 def test_wrong_arguments_cost_no_torch(run, tmp_path):
     """Each ends with code 2 (--help: 0) and one clear line before torch is imported."""
     (tmp_path / "same").write_text("x")
-    cases = [(["--help"], ""), (["--input", "none.txt"], "none.txt: no such file"),
-             (["--input", str(tmp_path)], "a folder; give a file"), (["a", "--input", "b"], "not both"),
-             (["--json", "--format", "bio", "a"], "contradict"), (["--run", "none", "a"], "none: no such folder"),
-             (["--batch_size", "0", "a"], "at least 1"), (["--threads", "0", "a"], "at least 1"),
-             (["--uncertain", "0", "a"], "at least 1"), (["--engine", "onnx", "--precision", "bf16", "a"], "--precision"), (["--format", "xml", "a"], "invalid choice"),
-             (["--input", str(tmp_path / "same"), "--output", str(tmp_path / "same")], "same file")]
-    code = ("import sys, io, json, contextlib, predict\n"
-            "for arguments in json.loads(sys.argv[1]):\n"
-            "    said = io.StringIO()\n"
-            "    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
-            "        try: predict.main(arguments)\n"
-            "        except SystemExit as stop: code = stop.code\n"
-            "    print(json.dumps([code, said.getvalue(), 'torch' in sys.modules]))\n")
-    done = subprocess.run([sys.executable, "-c", code, json.dumps([arguments for arguments, _ in cases])], cwd=ROOT,
-                          check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    cases = [
+        (["--help"], ""),
+        (["--input", "none.txt"], "none.txt: no such file"),
+        (["--input", str(tmp_path)], "a folder; give a file"),
+        (["a", "--input", "b"], "not both"),
+        (["--json", "--format", "bio", "a"], "contradict"),
+        (["--run", "none", "a"], "none: no such folder"),
+        (["--batch_size", "0", "a"], "at least 1"),
+        (["--threads", "0", "a"], "at least 1"),
+        (["--uncertain", "0", "a"], "at least 1"),
+        (["--engine", "onnx", "--precision", "bf16", "a"], "--precision"),
+        (["--format", "xml", "a"], "invalid choice"),
+        (["--input", str(tmp_path / "same"), "--output", str(tmp_path / "same")], "same file"),
+    ]
+    code = (
+        "import sys, io, json, contextlib, predict\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
+        "        try: predict.main(arguments)\n"
+        "        except SystemExit as stop: code = stop.code\n"
+        "    print(json.dumps([code, said.getvalue(), 'torch' in sys.modules]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([arguments for arguments, _ in cases])],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(cases)
     for (arguments, message), (code, said, torch_imported) in zip(cases, answers, strict=True):
@@ -173,11 +190,15 @@ def test_wrong_arguments_cost_no_torch(run, tmp_path):
             assert said.startswith("error: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda m: os.truncate(m / "model.safetensors", 999), "model.safetensors"),
-    (lambda m: (m / "ner.json").unlink(), "ner.json"),
-    (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
-    (lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC"', '"B-X"')), "labels")])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda m: os.truncate(m / "model.safetensors", 999), "model.safetensors"),
+        (lambda m: (m / "ner.json").unlink(), "ner.json"),
+        (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC"', '"B-X"')), "labels"),
+    ],
+)
 def test_damaged_model(run, tmp_path, capsys, harm, message):
     folder = tmp_path / "run" / "model"
     folder.mkdir(parents=True)
@@ -190,9 +211,14 @@ def test_damaged_model(run, tmp_path, capsys, harm, message):
     assert stop.value.code == 2 and message in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("output, message", [("folder", "folder: a folder; give the name of a file to write"),
-                                             ("none/out", "out: cannot be written (No such file or directory)"),
-                                             ("/dev/full", "/dev/full: cannot be written (No space left on device)")])
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("folder", "folder: a folder; give the name of a file to write"),
+        ("none/out", "out: cannot be written (No such file or directory)"),
+        ("/dev/full", "/dev/full: cannot be written (No space left on device)"),
+    ],
+)
 def test_output_that_cannot_be_written(run, tmp_path, monkeypatch, capsys, output, message):
     if output == "/dev/full" and not os.path.exists(output):
         pytest.skip("no /dev/full on this system")
@@ -208,8 +234,15 @@ def test_prompt_on_a_terminal(run):
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen([sys.executable, "predict.py", "--run", str(run)], cwd=ROOT, env=environment,
-                               stdin=child, stdout=child, stderr=child, close_fds=True)
+    process = subprocess.Popen(
+        [sys.executable, "predict.py", "--run", str(run)],
+        cwd=ROOT,
+        env=environment,
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        close_fds=True,
+    )
     os.close(child)
     seen = b""
 
@@ -306,13 +339,20 @@ def test_import_from_a_project_with_modules_of_the_same_names(run, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda m: os.truncate(m / "model_int8.onnx", 5000), "model_int8.onnx: ONNX Runtime cannot load it"),
-    (lambda m: os.truncate(m / "model_int8.onnx", 0), "model_int8.onnx: cannot be read"),
-    (lambda m: (m / "model_int8.onnx").unlink(), "--engine onnx needs model_int8.onnx"),
-    (lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC",', "")), "not of one model"),
-    (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json: the tokenizer cannot be loaded"),
-    (lambda m: (m / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: cannot be used")])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda m: os.truncate(m / "model_int8.onnx", 5000), "model_int8.onnx: ONNX Runtime cannot load it"),
+        (lambda m: os.truncate(m / "model_int8.onnx", 0), "model_int8.onnx: cannot be read"),
+        (lambda m: (m / "model_int8.onnx").unlink(), "--engine onnx needs model_int8.onnx"),
+        (
+            lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC",', "")),
+            "not of one model",
+        ),
+        (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json: the tokenizer cannot be loaded"),
+        (lambda m: (m / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: cannot be used"),
+    ],
+)
 def test_damaged_export(run, tmp_path, capsys, harm, message):
     """One line and code 2; never another engine where onnx was asked for."""
     folder = tmp_path / "run" / "model"

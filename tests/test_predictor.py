@@ -21,7 +21,7 @@ def check(text, entities):
     """What holds for every text."""
     at = 0
     for entity in entities:
-        assert text[entity.start:entity.end] == entity.text
+        assert text[entity.start : entity.end] == entity.text
         assert at <= entity.start < entity.end <= len(text)
         assert entity.type in ("LOC", "ORG", "PER") and 0 < entity.score <= 1
         assert entity.text == entity.text.strip()

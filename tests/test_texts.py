@@ -27,9 +27,16 @@ def test_damaged_bytes_are_replaced_with_a_warning(caplog):
     assert read(damaged)[1] == "北京"
 
 
-@pytest.mark.parametrize("data, line", [(b"\x7fELF\x02\x01\x01\x00\x00", 1), (b"ok\nPK\x03\x04\x00", 2),
-                                        (b"\xff\xfe5S\xacN\n\x00", 1), (b"a\n\xff\xff\xff\x80\xff", 2),
-                                        (bytes(range(1, 256)), 2)])
+@pytest.mark.parametrize(
+    "data, line",
+    [
+        (b"\x7fELF\x02\x01\x01\x00\x00", 1),
+        (b"ok\nPK\x03\x04\x00", 2),
+        (b"\xff\xfe5S\xacN\n\x00", 1),
+        (b"a\n\xff\xff\xff\x80\xff", 2),
+        (bytes(range(1, 256)), 2),
+    ],
+)
 def test_binary_files(data, line):
     with pytest.raises(UserError, match=f"^f:{line}: "):
         read(data)
