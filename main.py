@@ -244,16 +244,16 @@ def finish(config, run: Path, devices, test: list | None, hub: str | None) -> No
     if devices.is_main_process:
         for name, rows in written.items():
             files.write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        from ner import export
+        from ner import card, hub as model_hub
         from ner import report
 
-        for what, write in {"report": report.write, "model card": export.write_card}.items():
+        for what, write in {"report": report.write, "model card": card.write_card}.items():
             try:
                 log.info("%s: %s", what, write(run))
             except Exception as error:  # the run is whole without it
                 log.warning("no %s was written: %s: %s", what, type(error).__name__, error)
         if hub:
-            log.info("uploaded: %s", export.push(run, hub))
+            log.info("uploaded: %s", model_hub.push(run, hub))
     devices.end_training()
     log.info("finished: %s", run)
 

@@ -1,246 +1,152 @@
-"""A finished run → what is handed on: a merged transformers folder, ONNX files, a model card, an upload.
+"""A finished run → what other programs load: a merged transformers folder, ONNX files.
 
-The commands are model.py's: `python model.py merge RUN DIR`, `python model.py export RUN DIR [--int8]`.
+The ONNX file in a run's own model folder is what predict.py tags with on a CPU (write_onnx). Each file is run and
+compared with PyTorch before it is kept.
 """
 
-import argparse
 import json
 import logging
 import shutil
 import tempfile
 import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ner import config as settings
-from ner import encoder
+import numpy as np
+
+from ner import files
 from ner import model as models
+from ner.corpus import Sentence, sample
 from ner.errors import UserError
-from ner.paths import portable_path
+from ner.meta import model_folder
 from ner.tunings import TUNINGS
 
+if TYPE_CHECKING:
+    from ner.tagging import Tagger
+
+log = logging.getLogger("__main__")  # the run's log
 OPSET = 17
-FURTHEST = 1e-3  # the most by which an ONNX logit may differ from torch's
-CARD = """---
-{head}
----
-# {name}
+INPUTS = ["input_ids", "attention_mask"]
+FILES = {"int8": "model_int8.onnx", "fp32": "model.onnx"}
+RECORD_VERSION = 1  # of onnx.json
+LARGEST_ERROR = 1e-3  # by which a logit of the float32 file may differ from PyTorch's
+LARGEST_LOSS = 0.003  # of strict F1 on dev that the file may have against PyTorch, to be what tags by default
+COMPARED_SENTENCES = 1000  # of dev, at most
+SAMPLES, LONGEST_SAMPLE = 32, 128  # sentences that the graph is traced, calibrated and checked on; their tokens
 
-Finds {types} in text. The encoder `{pretrained}`, tuned by {tuning}.
-
-## Data
-
-{data}
-{scores}
-## How to load it
-
-With the suite that trained it, where FOLDER is this one:
-
-```python
-import predict
-predict.load(FOLDER).predict(["…"])
-```
-
-{load}
-Labels, in the order of the logits: {labels}
-
-## Config
-
-```yaml
-{config}```
-"""
-LOAD_PLAIN = """With transformers:
-
-```python
-from transformers import pipeline
-pipeline("token-classification", model=FOLDER, aggregation_strategy="simple")("…")
-```
-"""
-LOAD_ADAPTER = """With peft:
-
-```python
-from peft import AutoPeftModelForTokenClassification
-AutoPeftModelForTokenClassification.from_pretrained(FOLDER, num_labels={count})
-```
-"""
-VIRTUAL_NOTE = """
-There, the first {tokens} logits of each sentence are those of the virtual tokens: drop them.
-"""
+Arrays = dict[str, np.ndarray]
 
 
-def merge(run, folder) -> Path:
-    """Writes the model of `run` as a plain transformers folder: adapter and encoder in one, tokenizer beside them.
+@dataclass
+class OnnxFile:
+    """What is known of a written ONNX file; what onnx.json holds of it.
+
+    same_tags: share of the tokens (or of dev's characters) with PyTorch's tag. f1, torch_f1: strict micro-F1 on dev,
+    None where there were no dev sentences. default: the file tags by default, as it is no worse than PyTorch.
+    """
+
+    file: str
+    bytes: int
+    largest_logit_error: float
+    same_tags: float
+    sentences: int = 0
+    f1: float | None = None
+    torch_f1: float | None = None
+    default: bool = True
+
+    def line(self) -> str:
+        """Return one line that says how the file compares with PyTorch."""
+        text = f"{self.file}, {self.bytes / 1e6:.1f} MB, {self.same_tags:.2%} of the tags as PyTorch's"
+        if self.f1 is None or self.torch_f1 is None:
+            return f"{text}; not compared on dev sentences, as there are none"
+        return f"{text}; strict F1 on {self.sentences} sentences of dev {self.f1:.4f}, PyTorch's {self.torch_f1:.4f}"
+
+
+def merge(run: str | Path, folder: str | Path) -> Path:
+    """Write the model of `run` as a plain transformers folder: adapter and encoder in one, tokenizer beside them.
 
     run: a run folder or its model folder. Returns `folder`, which must be new. Raises UserError.
     """
     _check_new(folder)
     model, tokenizer, meta = models.load(run, merged=True)
-    _refuse_virtual(meta, "merged")
+    _refuse_virtual_tokens(meta, "merged")
     meta = {**meta, "tuning": "full", "pretrained": str(Path(folder).absolute())}
-    models.save(model, _as_trained(tokenizer, meta), meta, folder)
+    models.save(model, as_trained(tokenizer, meta), meta, folder)
     return Path(folder)
 
 
-def export(run, folder, format: str = "onnx", int8: bool = False) -> dict:
-    """Writes the model of `run` as model.onnx (and model_int8.onnx), with tokenizer and labels beside it.
+def export(run: str | Path, folder: str | Path, int8: bool = False) -> list[OnnxFile]:
+    """Write the model of `run` as model.onnx (and model_int8.onnx) into a new folder, tokenizer and labels beside it.
 
     The graph takes input_ids and attention_mask, int64 [B, L], and gives logits, float32 [B, L, labels], for every B
-    and L up to max_length. Both files are run and held against torch before this returns {file name: what was found}.
-    Raises UserError where a logit of the float32 file is off by more than FURTHEST, or onnx is not installed.
+    and L up to max_length. Raises UserError where a logit differs from PyTorch's by more than LARGEST_ERROR.
     """
-    if format != "onnx":
-        raise UserError(f"--format {format}: expected onnx")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f"export needs {error.name}: pip install onnx onnxruntime") from None
-    import torch
-
     _check_new(folder)
-    model, tokenizer, meta = models.load(run, merged=True, attention="eager")
-    _refuse_virtual(meta, "exported")
-    folder, found = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids, attention_mask):
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-    batches = _samples(Path(run), tokenizer, meta)
-    names, sizes = ["input_ids", "attention_mask"], {0: "batch", 1: "length"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about branches; the check below is what counts
-        torch.onnx.export(
-            Logits().eval(), batches[0], str(folder / "model.onnx"), input_names=names, output_names=["logits"],
-            dynamic_axes=dict.fromkeys([*names, "logits"], sizes), opset_version=OPSET, dynamo=False,
-        )  # fmt: skip
-    if int8:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        source, target = folder / "model.onnx", folder / "model_int8.onnx"
-        logging.disable(logging.WARNING)  # advice on convolutions, for a file that has none
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
-        logging.disable(logging.NOTSET)
-    for file in sorted(folder.glob("*.onnx")):
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        furthest, same, units = 0.0, 0, 0
-        for ids, mask in batches:
-            with torch.no_grad():
-                wanted = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-            feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-            got = torch.from_numpy(session.run(["logits"], feed)[0])[mask.bool()]
-            furthest = max(furthest, (got - wanted).abs().max().item())
-            same += (got.argmax(-1) == wanted.argmax(-1)).sum().item()
-            units += len(wanted)
-        found[file.name] = {"furthest_logit": furthest, "same_tags": same / units, "bytes": file.stat().st_size}
-        if file.name == "model.onnx" and not furthest <= FURTHEST:
-            shutil.rmtree(folder)
-            raise UserError(f"{file}: its logits differ from torch's by up to {furthest:g}, so it was removed; this "
-                            f"encoder ({model.config.model_type}) cannot be exported")  # fmt: skip
-    _as_trained(tokenizer, meta).save_pretrained(folder)
+    model, tokenizer, meta = _load(run)
+    samples = _samples(Path(run), tokenizer, meta)
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        written = [_write_fp32(model, meta, samples, Path(temporary))]
+        if int8:
+            written.append(_write_int8(model, meta, samples, Path(temporary)))
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in written:
+            shutil.copyfile(Path(temporary) / row.file, folder / row.file)
+    as_trained(tokenizer, meta).save_pretrained(folder)
     model.config.save_pretrained(folder)
-    (folder / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    return found
+    files.write_text(folder / "ner.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+    return written
 
 
-def write_card(run) -> Path:
-    """Writes RUN/model/README.md: data, scores, config, how to load the model. Returns its path. Raises UserError."""
-    run = Path(run)
-    meta = models.read_meta(run / "model")
-    config = settings.load_run(run)
-    shown = {key: _public(getattr(config, key)) for key in ("train", "dev", "test", "pretrained", "output")}
-    adapter = TUNINGS[meta["tuning"]].adapter is not None
-    head = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "token-classification",
-        "tags": ["named-entity-recognition", meta["tuning"]],
-    }
-    if not Path(meta["pretrained"]).is_absolute():
-        head["base_model"] = meta["pretrained"]
-    types = ", ".join(sorted({label[2:] for label in meta["labels"] if label != "O"}))
-    data = "\n".join(f"- {name}: `{shown[name]}`" for name in ("train", "dev", "test") if shown[name])
-    test = encoder.read_json(run / "test.json") if (run / "test.json").is_file() else None
-    text = CARD.format(
-        head="\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items()),
-        name=_public(run.name), types=types, pretrained=shown["pretrained"], tuning=meta["tuning"], data=data,
-        scores=_score_table("Scores on test", test) + _score_table("Best epoch, on dev", _best_dev(run)),
-        load=(LOAD_ADAPTER if adapter else LOAD_PLAIN).format(count=len(meta["labels"])) + VIRTUAL_NOTE.format(
-            tokens=meta["virtual_tokens"]) * TUNINGS[meta["tuning"]].virtual_logits,
-        labels=" ".join(meta["labels"]), config=settings.dump(config.model_copy(update=shown)),
-    )  # fmt: skip
-    path = run / "model" / "README.md"
-    path.write_text(text, "utf-8")
-    return path
+def write_onnx(run: str | Path, kind: str = "int8", dev: list[Sentence] | None = None) -> OnnxFile:
+    """Write the model of `run` into its own model folder as an ONNX file, for tagging on a CPU.
 
-
-def push(run, name: str) -> str:
-    """Uploads the run's model and card to the hub as `name`; returns where it is.
-
-    What is uploaded loads by itself: an adapter whose encoder is on the hub goes alone, one whose encoder is a local
-    folder goes merged, or with its encoder where it cannot be merged. Raises UserError.
+    kind: a key of FILES. dev: sentences with gold tags; those of the run's config where None. Tags are compared with
+    PyTorch's on up to COMPARED_SENTENCES of them. onnx.json beside the file says how they compare, and that it does not
+    tag by default where its strict F1 is more than LARGEST_LOSS under PyTorch's. Raises UserError, OSError.
     """
-    import huggingface_hub as hub
-    from huggingface_hub import constants, errors
-
-    run, endpoint = Path(run), constants.ENDPOINT
-    meta, card = models.read_meta(run / "model"), write_card(run)
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "model"
-        adapter, local = (run / "model" / "adapter_config.json").exists(), Path(meta["pretrained"]).is_absolute()
-        if adapter and local and not TUNINGS[meta["tuning"]].virtual_tokens:
-            merge(run, folder)
-            text = card.read_text("utf-8").replace(LOAD_ADAPTER.format(count=len(meta["labels"])), LOAD_PLAIN)
-            (folder / "README.md").write_text(text.replace('"peft"', '"transformers"', 1), "utf-8")
-        else:
-            shutil.copytree(run / "model", folder, ignore=None if local else shutil.ignore_patterns("encoder"))
-        base = "encoder" if local else meta["pretrained"]  # not where it lies on this machine
-        for file, key in (("ner.json", "pretrained"), ("adapter_config.json", "base_model_name_or_path")):
-            if (folder / file).exists():
-                values = encoder.read_json(folder / file) | {key: base}
-                (folder / file).write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", "utf-8")
-        api = hub.HfApi(endpoint=endpoint)
-        try:
-            with encoder.quiet():
-                url = api.create_repo(name, exist_ok=True)
-                api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="A tagger and its card")
-        except Exception as error:  # no network, no rights, a wrong name, a full quota
-            reason = encoder.first_line(error)
-            if isinstance(error, errors.LocalTokenNotFoundError) or "401" in reason or "403" in reason:
-                reason += "; run `hf auth login` or set HF_TOKEN to a token that may write there"
-            raise UserError(f"--push_to_hub {name}: {endpoint} did not take it: {reason}; the run is whole, and "
-                            f"{run / 'model'} can be uploaded later by `hf upload`") from None  # fmt: skip
-    return str(url)
+    folder = model_folder(run)
+    model, tokenizer, meta = _load(run)
+    dev = sample(_dev_sentences(folder.parent) if dev is None else dev, COMPARED_SENTENCES, seed=0)
+    samples = _samples(folder.parent, tokenizer, meta, dev)
+    with tempfile.TemporaryDirectory() as temporary:
+        row = _write_fp32(model, meta, samples, Path(temporary))
+        if kind == "int8":
+            row = _write_int8(model, meta, samples, Path(temporary))
+        if dev:
+            _compare_on_dev(row, Path(temporary) / row.file, model, tokenizer, meta, dev)
+        (folder / "onnx.json").unlink(missing_ok=True)  # of the file that is replaced now
+        with files.replacing(folder / row.file) as target:
+            shutil.copyfile(Path(temporary) / row.file, target)
+    record = {"format_version": RECORD_VERSION, **asdict(row)}
+    files.write_text(folder / "onnx.json", json.dumps(record, indent=1) + "\n")
+    return row
 
 
-def main(argv: list[str]) -> None:
-    """The command line of model.py."""
-    parser = argparse.ArgumentParser("python model.py", description="Hands the model of a run on.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("merge", "write a plain transformers folder"), ("export", "write ONNX, held against torch")):
-        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        one.add_argument("run", metavar="RUN", help="a run folder or its model folder")
-        one.add_argument("folder", metavar="DIR", help="a new folder")
-        if name == "export":
-            one.add_argument("--format", default="onnx", help="onnx, the only one there is")
-            one.add_argument("--int8", action="store_true", help="write model_int8.onnx too: a quarter of the size")
-    given = parser.parse_args(argv)
+def export_finished(run: str | Path, kind: str, dev: list[Sentence]) -> None:
+    """Write the ONNX file that the config's `export` asks for, at the end of a run; log what came of it.
+
+    Never raises for what the run itself does not need: a model that cannot be exported is tagged by PyTorch.
+    """
+    if kind == "none":
+        return
     try:
-        if given.command == "merge":
-            print(f"merged: {merge(given.run, given.folder)}")
-            return
-        for file, row in export(given.run, given.folder, given.format, given.int8).items():
-            print(f"{Path(given.folder) / file}: {row['bytes'] / 1e6:.1f} MB, logits within "
-                  f"{row['furthest_logit']:.2g} of torch's, {row['same_tags']:.2%} of the tags the same")  # fmt: skip
-    except OSError as error:
-        raise UserError(f"{error.filename or given.folder}: cannot be written: {error.strerror or error}") from None
+        row = write_onnx(run, kind, dev)
+    except Exception as error:  # whatever the tracer cannot do with an encoder; the run is whole without it
+        log.warning("no ONNX file was written, PyTorch will tag: %s", models.encoder.first_line(error))
+        return
+    log.info("onnx: %s", row.line())
+    if not row.default:
+        log.warning(
+            "%s scores more than %.1f points under PyTorch, so PyTorch tags by default; --engine onnx takes the file",
+            row.file,
+            100 * LARGEST_LOSS,
+        )
 
 
-def _as_trained(tokenizer, meta: dict):
-    """The tokenizer made to cut whole texts as loader.py cuts them: by characters, with the same special tokens.
+def as_trained(tokenizer: Any, meta: dict[str, Any]) -> Any:
+    """Make the tokenizer cut whole texts as ner.windows cuts them: by characters, with the same special tokens.
 
     WordPiece takes 1998 for one token, where this model was trained on four.
     """
@@ -256,57 +162,164 @@ def _as_trained(tokenizer, meta: dict):
     return tokenizer
 
 
-def _samples(run: Path, tokenizer, meta: dict) -> list:
-    """Two batches (input_ids, attention_mask), int64 [8, L]: test sentences of the run, else random tokens."""
+def _load(run: str | Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Load a model to be exported, in float32 with plain attention. Raises UserError where it cannot be."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"export needs {error.name}: pip install onnx onnxruntime") from None
+    model, tokenizer, meta = models.load(run, merged=True, attention="eager")
+    _refuse_virtual_tokens(meta, "exported")
+    return model, tokenizer, meta
+
+
+def _write_fp32(model: Any, meta: dict[str, Any], samples: list[Arrays], folder: Path) -> OnnxFile:
+    """Trace the model to folder/model.onnx and compare the logits. Raises UserError where they differ."""
     import torch
 
-    file, most = run / "predictions.jsonl", min(meta["max_length"], 128)
-    ids = []
-    if file.is_file():
-        for line in file.read_text("utf-8").splitlines()[:16]:
-            text = ("" if meta["unit"] == "character" else " ").join(json.loads(line)["chars"])
-            ids.append(tokenizer(text, truncation=True, max_length=most).input_ids or [0])
-    generator = torch.Generator().manual_seed(0)
-    while len(ids) < 16:
-        length = int(torch.randint(1, most + 1, (), generator=generator))
-        ids.append(torch.randint(0, len(tokenizer), (length,), generator=generator).tolist())
-    batches = []
-    for part in (ids[:8], ids[8:]):
-        length = max(map(len, part))
-        padded = [one + [tokenizer.pad_token_id or 0] * (length - len(one)) for one in part]
-        mask = [[1] * len(one) + [0] * (length - len(one)) for one in part]
-        batches.append((torch.tensor(padded), torch.tensor(mask)))
-    return batches
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    kind, file = model.config.model_type, folder / FILES["fp32"]
+    sizes = {0: "batch", 1: "length"}
+    example = tuple(torch.from_numpy(samples[0][name]) for name in INPUTS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer, about branches; the check below is what counts
+            torch.onnx.export(
+                Logits().eval(),
+                example,
+                str(file),
+                input_names=INPUTS,
+                output_names=["logits"],
+                dynamic_axes=dict.fromkeys([*INPUTS, "logits"], sizes),
+                opset_version=OPSET,
+                dynamo=False,
+            )
+        _add_labels(file, meta)
+        row = _compare_logits(file, model, samples)
+    except Exception as error:  # the tracer and ONNX Runtime raise what they like
+        reason = models.encoder.first_line(error)
+        raise UserError(f"this encoder ({kind}) cannot be exported to ONNX: {reason}") from None
+    if not row.largest_logit_error <= LARGEST_ERROR:
+        raise UserError(
+            f"this encoder ({kind}) cannot be exported to ONNX: the file's logits differ from PyTorch's by up to "
+            f"{row.largest_logit_error:g}"
+        )
+    return row
 
 
-def _check_new(folder) -> None:
+def _write_int8(model: Any, meta: dict[str, Any], samples: list[Arrays], folder: Path) -> OnnxFile:
+    """Write folder/model_int8.onnx from the model.onnx that lies there."""
+    from ner.quantize import quantize
+
+    file = folder / FILES["int8"]
+    quantize(folder / FILES["fp32"], file, samples)
+    _add_labels(file, meta)
+    return _compare_logits(file, model, samples)
+
+
+def _add_labels(file: Path, meta: dict[str, Any]) -> None:
+    """Put the labels into the file's own metadata, so that a file of another model is noticed."""
+    import onnx
+
+    model = onnx.load(str(file))
+    onnx.helper.set_model_props(model, {"labels": json.dumps(meta["labels"], ensure_ascii=False)})
+    onnx.save(model, str(file))
+
+
+def _compare_logits(file: Path, model: Any, samples: list[Arrays]) -> OnnxFile:
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    largest, same, tokens = 0.0, 0, 0
+    for inputs in samples:
+        mask = inputs["attention_mask"].astype(bool)
+        with torch.no_grad():
+            expected = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()[mask]
+        logits = session.run(["logits"], inputs)[0][mask]
+        largest = max(largest, float(np.abs(logits - expected).max()))
+        same += int((logits.argmax(-1) == expected.argmax(-1)).sum())
+        tokens += len(expected)
+    return OnnxFile(file.name, file.stat().st_size, largest, same / tokens)
+
+
+def _compare_on_dev(
+    row: OnnxFile, file: Path, model: Any, tokenizer: Any, meta: dict[str, Any], dev: list[Sentence]
+) -> None:
+    """Tag dev with the file and with PyTorch; note in `row` how they compare and whether it is the default."""
+    from ner.engines import OnnxEngine
+    from ner.scores import score
+    from ner.tagging import Tagger
+
+    def tags_of(tagger: "Tagger") -> list[list[str]]:
+        return [tags for tags, _ in tagger.tag([sentence.chars for sentence in dev])]
+
+    tags = tags_of(Tagger(OnnxEngine(file, meta["labels"]), tokenizer, meta))
+    expected = tags_of(Tagger(model, tokenizer, meta))
+    gold = [sentence.tags for sentence in dev]
+    row.f1, row.torch_f1 = (score(gold, one)["micro"]["f1"] for one in (tags, expected))
+    pairs = [pair for one, other in zip(tags, expected, strict=True) for pair in zip(one, other, strict=True)]
+    row.same_tags = sum(one == other for one, other in pairs) / max(1, len(pairs))
+    row.sentences = len(dev)
+    row.default = row.f1 >= row.torch_f1 - LARGEST_LOSS
+
+
+def _dev_sentences(run: Path) -> list[Sentence]:
+    """Return the sentences of the run's dev file; none where there is no run around the model, or no file any more."""
+    from ner import config as settings
+    from ner import formats
+
+    if not (run / "config.yaml").is_file():
+        return []
+    config = settings.load_run(run)
+    path = settings.resolve_path(config.dev) if config.dev and not config.dev.startswith("hub:") else None
+    try:
+        return formats.read(str(path), "dev").sentences if path else []
+    except UserError as error:
+        log.warning("dev is not compared: %s", error)
+        return []
+
+
+def _samples(run: Path, tokenizer: Any, meta: dict[str, Any], dev: list[Sentence] | None = None) -> list[Arrays]:
+    """Return batches of eight (input_ids, attention_mask), int64 [8, L]: sentences where there are some, else noise.
+
+    The sentences are dev's, else those of the run's predictions.
+    """
+    longest = min(meta["max_length"], LONGEST_SAMPLE)
+    sentences = [sentence.chars for sentence in sample(dev or [], SAMPLES, seed=0)]
+    if not sentences and (run / "predictions.jsonl").is_file():
+        lines = (run / "predictions.jsonl").read_text("utf-8").splitlines()[:SAMPLES]
+        sentences = [json.loads(line)["chars"] for line in lines]
+    rows = [
+        tokenizer(chars, is_split_into_words=True, truncation=True, max_length=longest).input_ids or [0]
+        for chars in sentences
+    ]
+    draw = np.random.default_rng(0)
+    while len(rows) < SAMPLES:
+        rows.append(draw.integers(0, len(tokenizer), draw.integers(1, longest + 1)).tolist())
+    return [_padded(rows[start : start + 8], tokenizer.pad_token_id or 0) for start in range(0, SAMPLES, 8)]
+
+
+def _padded(rows: list[list[int]], pad: int) -> Arrays:
+    length = max(map(len, rows))
+    ids = [row + [pad] * (length - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return {"input_ids": np.array(ids, np.int64), "attention_mask": np.array(mask, np.int64)}
+
+
+def _check_new(folder: str | Path) -> None:
     if Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise UserError(f"{folder}: already exists; name a folder that does not")
 
 
-def _refuse_virtual(meta: dict, done: str) -> None:
+def _refuse_virtual_tokens(meta: dict[str, Any], what: str) -> None:
     if TUNINGS[meta["tuning"]].virtual_tokens:
-        raise UserError(f"tuning {meta['tuning']} cannot be {done}: its virtual tokens are no weights of the encoder")
-
-
-def _public(path: str | None) -> str | None:
-    """A path as a stranger may see it: without the folders of this machine."""
-    path = portable_path(path) if path else None
-    return Path(path).name if path and Path(path).is_absolute() else path
-
-
-def _score_table(title: str, scores: dict | None) -> str:
-    if not scores:
-        return ""
-    rows = list(scores["types"].items()) + [(name, scores[name]) for name in ("micro", "macro", "weighted")]
-    lines = [f"| {name} | {row['precision']:.4f} | {row['recall']:.4f} | {row['f1']:.4f} | {row['support']} |"
-             for name, row in rows]  # fmt: skip
-    header = "| whole entities, strict | precision | recall | F1 | support |\n|---|---|---|---|---|\n"
-    return f"\n## {title}\n\n{header}" + "\n".join(lines) + "\n"
-
-
-def _best_dev(run: Path) -> dict | None:
-    if not (run / "metrics.jsonl").is_file():
-        return None
-    epochs = [json.loads(line)["dev"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return max(epochs, key=lambda scores: scores["micro"]["f1"], default=None)
+        raise UserError(f"tuning {meta['tuning']} cannot be {what}: its virtual tokens are no weights of the encoder")
