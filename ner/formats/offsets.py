@@ -17,7 +17,7 @@ from ner.formats.source import Source, first_line, quote
 
 EXAMPLE = '{"text": "…", "label": [[0, 3, "PER"]]}'
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-BLANK = re.compile(r"\s*")
+BLANK = re.compile(r"[ \t\r\n]*")
 NOTES = {
     "unlabelled": "{count:,} tasks without an annotation left out",
     "several": "{count:,} tasks with several annotations: the ground truth, or else the first, is taken",
