@@ -22,6 +22,7 @@ from ner import files
 from ner import files
 from ner import files
 from ner import files
+from ner import files
 from ner import run as folder
 from ner.errors import UserError, command
 

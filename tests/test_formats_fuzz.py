@@ -245,7 +245,9 @@ def check_counts_of_offsets(corpus, text):
         if "data" in record and "annotations" in record:
             if not record["annotations"]:
                 continue
-            record = {"text": record["data"]["text"], "label": record["annotations"][0]["result"]}
+            named = [item for item in record["annotations"][0]["result"] if "labels" in item.get("value", ())]
+            (task_text,) = record["data"].values()  # under whatever name the damage has left
+            record = {"text": task_text, "label": named}
         label = record["label"]
         characters += len(record["text"])
         if isinstance(label, dict):
