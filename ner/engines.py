@@ -184,7 +184,7 @@ def choose_engine(folder: Path, engine: str = "auto", precision: str = "auto") -
 
 def how_to_export(folder: Path) -> str:
     """Return what to do about a missing file."""
-    return f"write it with `python model.py export {folder} DIR --int8`"
+    return f"write it with `python model.py export {folder}`"
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ner.errors import UserError
 
 FILES = ("model_int8.onnx", "model.onnx")  # the 8-bit one is four times smaller and over twice as fast
-EXPORT_AGAIN = "write it again with `python model.py export RUN DIR --int8`"
+EXPORT_AGAIN = "write it again with `python model.py export RUN`"
 
 
 def exported_file(folder: Path) -> Path | None:
