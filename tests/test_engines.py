@@ -16,7 +16,7 @@ from ner import engines
 from ner.engines import OnnxEngine, choose_engine
 from ner.errors import UserError
 from ner.meta import read_meta
-from ner.onnx_file import check_self_contained
+from ner.onnx_file import check_self_contained, exported_file
 from ner.tagging import Tagger
 
 LABELS = trained.LABELS
@@ -70,6 +70,11 @@ def test_which_engine_is_taken(folder, monkeypatch):
     (folder / "onnx.json").write_text(json.dumps({"default": False}))
     name, note = choose_engine(folder)
     assert name == "torch" and "scores worse" in note and choose_engine(folder, "onnx")[0] == "onnx"
+    shutil.copy(folder / "model_int8.onnx", folder / "model.onnx")
+    for file in ("model.onnx", "model_int8.onnx"):  # the one that was written last, as onnx.json says
+        (folder / "onnx.json").write_text(json.dumps({"file": file, "default": True}))
+        assert exported_file(folder) == folder / file
+    (folder / "model.onnx").unlink()
     (folder / "onnx.json").write_text("[]")
     with pytest.raises(UserError, match="onnx.json"):
         choose_engine(folder)
