@@ -260,7 +260,7 @@ def _compare_on_dev(
     from ner.tagging import Tagger
 
     def tags_of(tagger: "Tagger") -> list[list[str]]:
-        return [tags for tags, _ in tagger.tag([sentence.chars for sentence in dev])]
+        return [tags for tags, _, _ in tagger.tag([sentence.chars for sentence in dev])]
 
     tags = tags_of(Tagger(OnnxEngine(file, meta["labels"]), tokenizer, meta))
     expected = tags_of(Tagger(model, tokenizer, meta))
