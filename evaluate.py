@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ner.errors import UserError, command
+from ner.paths import resolve_path
 
 if TYPE_CHECKING:
     from ner.config import Config
@@ -64,22 +65,17 @@ def _config_of(run: Path) -> "Config | None":
     """Return the config that the run was trained with, None where it has none. Raises UserError."""
     from ner import config as settings
 
-    file = run / "config.yaml"
-    return settings.load(["--config", str(file)])[0] if file.is_file() else None
+    return settings.load_run(run) if (run / "config.yaml").is_file() else None
 
 
 def _read(data: str | None, config: "Config | None", run: Path) -> "Corpus":
     """Return the sentences to score: of `data`, or the run's test sentences where it is None. Raises UserError."""
-    from ner import config as settings
     from ner import formats
 
-    if data is not None:
-        return formats.read(data, "test")
-    if config is None or config.test is None:
+    data = data or (config.test if config else None)
+    if data is None:
         raise UserError(f"{run}: its config names no test file; name one with --data")
-    if config.test.startswith("hub:"):
-        return formats.read(config.test, "test")
-    return formats.read(str(settings.resolve_path(config.test) or config.test), "test")
+    return formats.read(str(resolve_path(data) or data), "test")
 
 
 def _tagger(run: Path, config: "Config | None") -> "Tagger":

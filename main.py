@@ -22,7 +22,6 @@ from ner import files
 from ner import files
 from ner import files
 from ner import files
-from ner import files
 from ner import run as folder
 from ner.errors import UserError, command
 

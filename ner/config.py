@@ -56,7 +56,9 @@ def load(argv: list[str] | None = None) -> tuple[Config, Flags]:
     values = _resolve_paths(values, from_project=file is not None and _is_of_run(file, flags))
     given = {key: config_file.parse_value(key, text) for key, text in options.items()}
     values |= {key: _resolved(value) if key in PATHS else value for key, value in given.items()}
-    config = _checked(values, places | {key: f"--{key}" for key in options})
+    places |= {key: f"--{key}" for key in options}
+    config = _checked(values, places)
+    _check_head(config, places)
     if wants_help:
         print(command_line.help_text({key: _yaml(_portable(config, key)) for key in FIELDS}))
         sys.exit(0)
@@ -198,6 +200,17 @@ def _checked(values: dict[str, Any], places: dict[str, str]) -> Config:
         value = "null" if values[key] is None else json.dumps(values[key], ensure_ascii=False)
         value = value if len(value) <= 60 else value[:60] + "…"
         raise UserError(f"{places[key]}: {key} is {value}; expected {allowed(key)}") from None
+
+
+def _check_head(config: Config, places: dict[str, str]) -> None:
+    """Raise UserError where a key is set that head: crf has no use for, as it has its own loss and best path."""
+    if config.head != "crf":
+        return
+    for key in ("loss", "label_smoothing", "decode"):
+        value, default = get(config, key), Config.model_fields[key].default
+        if value != default:
+            place = places[key]
+            raise UserError(f"{place}: {key} {_yaml(value)} does not go with head crf; leave it at {_yaml(default)}")
 
 
 def _hidden_size(pretrained: str) -> int:

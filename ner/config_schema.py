@@ -78,6 +78,14 @@ class Config(_Strict):
     decode: Literal["argmax", "viterbi"] = _key(
         "viterbi", "viterbi: well-formed IOB2 only; argmax: the likeliest tags."
     )
+    head: Literal["softmax", "crf"] = _key("softmax", "softmax: each tag by itself; crf: transitions are learned too.")
+    crf_learning_rate: float = _key(1e-2, "Peak learning rate of the CRF's transitions.", gt=0)
+    loss: Literal["cross_entropy", "focal"] = _key(
+        "cross_entropy", "Loss of head softmax: cross_entropy, or focal, which counts hard characters more."
+    )
+    label_smoothing: float = _key(0.0, "Share of a gold tag that is spread over all tags; for softmax.", ge=0, lt=1)
+    adversarial: Literal["none", "fgm"] = _key("none", "fgm: train on embeddings moved to raise the loss too.")
+    adversarial_epsilon: float = _key(1.0, "How far fgm moves the embeddings of a window.", gt=0)
 
     special_tokens: bool = _key(True, "Put [CLS] and [SEP] around each window.")
     accumulation: int = _key(1, "Batches whose gradients make one step.", ge=1)

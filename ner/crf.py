@@ -6,18 +6,15 @@ its first label may be an I. Where a sentence begins is known when decoding (ner
 there an I is forbidden.
 """
 
-from pathlib import Path
-
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ner import decoding
-from ner.errors import UserError
 
-FILE = "crf.safetensors"
 IGNORED = -100
+SENTENCES_AT_ONCE = 64
 FORBIDDEN = -1e4  # finite, so that a gradient of it is 0 and not undefined; exp of it is 0 in float32
 
 
@@ -26,10 +23,10 @@ class Crf(nn.Module):
 
     forbidden: torch.Tensor
 
-    def __init__(self, labels: list[str]):
+    def __init__(self, labels: list[str], transitions: np.ndarray | None = None):
         super().__init__()
-        self.labels = list(labels)
-        self.transitions = nn.Parameter(torch.zeros(len(labels), len(labels)))
+        start = torch.zeros(len(labels), len(labels)) if transitions is None else torch.from_numpy(transitions.copy())
+        self.transitions = nn.Parameter(start)
         self.register_buffer("forbidden", torch.from_numpy(~decoding.allowed_steps(labels)), persistent=False)
 
     def steps(self) -> torch.Tensor:
@@ -37,44 +34,42 @@ class Crf(nn.Module):
         return self.transitions.masked_fill(self.forbidden, FORBIDDEN)
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the negative log likelihood of the labels, in float32, summed over all windows.
+        """Return the negative log likelihood of the labels, a float32 scalar, summed over all windows."""
+        return self.window_losses(logits, labels).sum()
+
+    def window_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the negative log likelihood of each window's labels, float32 [windows].
 
         logits: float [windows, length, labels]. labels: int64 [windows, length]; positions of label -100 (padding,
         special tokens, further tokens of a word) are left out, and those before and after them are neighbours.
         """
         emissions, gold, real = _without_ignored(logits.float(), labels)
         steps = self.steps()
-        emitted = emissions.gather(2, gold[:, :, None]).squeeze(2)
-        stepped = steps[gold[:, :-1], gold[:, 1:]]
-        gold_score = emitted[real].sum() + stepped[real[:, 1:]].sum()
-        return _log_partition(emissions, steps, real).sum() - gold_score
+        emitted = emissions.gather(2, gold[:, :, None]).squeeze(2).where(real, 0)
+        stepped = steps[gold[:, :-1], gold[:, 1:]].where(real[:, 1:], 0)
+        return _log_partition(emissions, steps, real) - emitted.sum(1) - stepped.sum(1)
 
     def numpy(self) -> np.ndarray:
-        """Return the transition scores as decoding.decode takes them, float32 [labels, labels]."""
-        return self.steps().detach().cpu().numpy()
-
-    def save(self, folder: Path) -> None:
-        """Write the transition scores to crf.safetensors in a model's folder."""
-        safetensors.torch.save_file({"transitions": self.transitions.detach().cpu().contiguous()}, folder / FILE)
+        """Return the transition scores as ner.decoding and ner.meta take them, float32 [labels, labels]."""
+        return self.transitions.detach().cpu().numpy().copy()
 
 
-def load(folder: Path, labels: list[str]) -> Crf:
-    """Return the CRF of a saved model with these labels. Raises UserError where its file is missing or damaged."""
-    path = folder / FILE
-    if not path.is_file():
-        raise UserError(f"{folder}: {FILE} is missing, so the model is not whole; train again or restore it")
-    try:
-        transitions = safetensors.torch.load_file(path)["transitions"]
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read, the file is damaged ({error})") from None
-    crf = Crf(labels)
-    if transitions.shape != crf.transitions.shape or not transitions.isfinite().all():
-        raise UserError(
-            f"{path}: expected finite scores of {len(labels)} x {len(labels)} labels, as ner.json names them, found "
-            f"{' x '.join(map(str, transitions.shape))}; they are not of one model"
-        )
-    crf.transitions.data.copy_(transitions)
-    return crf
+@torch.no_grad()
+def sentence_losses(
+    scores: list[np.ndarray], gold: list[list[int]], labels: list[str], transitions: np.ndarray
+) -> list[float]:
+    """Return the negative log likelihood of each sentence's label indices, by scores float32 [n, labels]."""
+    crf, losses = Crf(labels, transitions), [0.0] * len(scores)
+    order = sorted((index for index, tags in enumerate(gold) if tags), key=lambda index: len(gold[index]))
+    for start in range(0, len(order), SENTENCES_AT_ONCE):
+        chosen = order[start : start + SENTENCES_AT_ONCE]  # of like length, so that there is little padding
+        padded = [
+            pad_sequence([torch.as_tensor(part[index]) for index in chosen], batch_first=True, padding_value=IGNORED)
+            for part in (scores, gold)
+        ]
+        for index, loss in zip(chosen, crf.window_losses(*padded).tolist(), strict=True):
+            losses[index] = loss
+    return losses
 
 
 def _without_ignored(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from ner import files
 from ner import model as models
 from ner.corpus import Sentence, sample
 from ner.errors import UserError
-from ner.meta import model_folder
+from ner.meta import model_folder, write_meta
 from ner.tunings import TUNINGS
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def export(run: str | Path, folder: str | Path, int8: bool = False) -> list[Onnx
             shutil.copyfile(Path(temporary) / row.file, folder / row.file)
     as_trained(tokenizer, meta).save_pretrained(folder)
     model.config.save_pretrained(folder)
-    files.write_text(folder / "ner.json", json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
+    write_meta(folder, meta)
     return written
 
 

@@ -1,8 +1,15 @@
-"""ner.json, which says of a saved model what its weights do not: labels, unit, decoding. Read without torch."""
+"""What a saved model's weights do not say: labels, unit, decoding. Read and written without torch.
+
+It stands in ner.json, and for a model with a CRF the transition scores stand beside it in crf.safetensors.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
 
 from ner.errors import UserError
 from ner.tunings import TUNINGS
@@ -16,7 +23,10 @@ KEYS = {
     "tuning": str,
     "pretrained": str,
     "virtual_tokens": int,
+    "head": str,
 }
+LATER: dict[str, Any] = {"head": "softmax"}  # keys that older models lack -> what these have
+CRF_FILE = "crf.safetensors"
 
 
 def model_folder(folder: str | Path) -> Path:
@@ -28,7 +38,10 @@ def model_folder(folder: str | Path) -> Path:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return what ner.json of a saved model holds, checked. Raises UserError."""
+    """Return what ner.json of a saved model holds, checked. Raises UserError.
+
+    With head "crf" there is one more key, "transitions": float32 [labels, labels], the CRF's scores.
+    """
     file = folder / "ner.json"
     if not file.is_file():
         raise UserError(f"{folder}: there is no ner.json, so it is no saved model; expected the model folder of a run")
@@ -40,6 +53,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as JSON ({error}); the file is damaged") from None
     if not isinstance(meta, dict):
         raise UserError(f"{file}: expected a JSON object; the file is damaged")
+    meta = LATER | meta
     for key, kind in KEYS.items():
         if type(meta.get(key)) is not kind:
             raise UserError(f"{file}: {key} is {meta.get(key)!r}; expected {kind.__name__}, the file is damaged")
@@ -50,4 +64,35 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: tuning is {meta['tuning']!r}; expected one of {', '.join(TUNINGS)}")
     if meta["unit"] not in ("character", "word") or meta["decode"] not in ("argmax", "viterbi"):
         raise UserError(f"{file}: unit or decode has a value that does not exist; the file is damaged")
+    if meta["head"] not in ("softmax", "crf"):
+        raise UserError(f"{file}: head is {meta['head']!r}; expected softmax or crf")
+    if meta["head"] == "crf":
+        meta["transitions"] = _read_transitions(folder, len(labels))
     return meta
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Write ner.json, and crf.safetensors where there are transitions, into the folder of a new model."""
+    meta = dict(meta)
+    transitions = meta.pop("transitions", None)
+    (folder / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    if transitions is not None:
+        safetensors.numpy.save_file({"transitions": np.ascontiguousarray(transitions, np.float32)}, folder / CRF_FILE)
+
+
+def _read_transitions(folder: Path, labels: int) -> np.ndarray:
+    """Return the transition scores, float32 [labels, labels]. Raises UserError where they are missing or damaged."""
+    file = folder / CRF_FILE
+    if not file.is_file():
+        raise UserError(f"{folder}: {CRF_FILE} is missing, so the model is not whole; train again or restore it")
+    try:
+        transitions = safetensors.numpy.load_file(file)["transitions"]
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read, the file is damaged ({error})") from None
+    if transitions.shape != (labels, labels) or not np.isfinite(transitions).all():
+        shape = " x ".join(map(str, transitions.shape))
+        raise UserError(
+            f"{file}: expected finite scores of {labels} x {labels} labels, as ner.json has them, found {shape}; "
+            "the two are not of one model"
+        )
+    return transitions.astype(np.float32)

@@ -20,7 +20,7 @@ import torch
 from ner import encoder
 from ner.config import ROOT
 from ner.errors import UserError
-from ner.meta import model_folder, read_meta
+from ner.meta import model_folder, read_meta, write_meta
 from ner.tunings import TUNINGS
 
 log = logging.getLogger("__main__")  # the run's log
@@ -49,6 +49,7 @@ def build(config, labels: list[str], unit: str, attention: str | None = None):
         "labels": list(labels), "unit": unit, "special_tokens": config.special_tokens,
         "max_length": _longest(model, config), "decode": config.decode, "tuning": config.tuning, "pretrained": name,
         "virtual_tokens": config.virtual_tokens if TUNINGS[config.tuning].virtual_tokens else 0,
+        "head": config.head,
     }  # fmt: skip
     return _tune(model, config), tokenizer, meta
 
@@ -116,7 +117,7 @@ def save(model, tokenizer, meta: dict, folder) -> None:
             else:
                 model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-        (fresh / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        write_meta(fresh, meta)
         for path in fresh.rglob("*"):
             if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
                 path.chmod(0o666 & ~_umask())  # safetensors' are for their owner alone

@@ -97,11 +97,20 @@ def score_sentences(
 def _losses(log_probs: list[np.ndarray], gold: list[list[str]], tagger: "Tagger") -> list[tuple[float, int]]:
     """Return for each sentence the loss summed over the units whose tag the tagger knows, and their number."""
     label2id = {label: index for index, label in enumerate(tagger.labels)}
-    losses = []
-    for rows, tags in zip(log_probs, gold, strict=True):
-        known = [float(row[label2id[tag]]) for row, tag in zip(rows, tags, strict=True) if tag in label2id]
-        losses.append((-math.fsum(known), len(known)))
-    return losses
+    known = [[(unit, label2id[tag]) for unit, tag in enumerate(tags) if tag in label2id] for tags in gold]
+    if tagger.transitions is not None:
+        from ner.crf import sentence_losses
+
+        rows = [scores[[unit for unit, _ in pairs]] for scores, pairs in zip(log_probs, known, strict=True)]
+        losses = sentence_losses(
+            rows, [[label for _, label in pairs] for pairs in known], tagger.labels, tagger.transitions
+        )
+    else:
+        losses = [
+            -math.fsum(float(scores[unit, label]) for unit, label in pairs)
+            for scores, pairs in zip(log_probs, known, strict=True)
+        ]
+    return [(loss, len(pairs)) for loss, pairs in zip(losses, known, strict=True)]
 
 
 def newest_run(output: str | Path = "output") -> Path:

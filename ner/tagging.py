@@ -29,6 +29,7 @@ class Tagger:
     def __init__(self, model: "torch.nn.Module | OnnxEngine", tokenizer: Any, meta: dict, batch_size: int = 32):
         self.engine: Engine = model if isinstance(model, OnnxEngine) else TorchEngine(model)
         self.labels, self.decode, self.unit = meta["labels"], meta["decode"], meta["unit"]
+        self.transitions: np.ndarray | None = meta.get("transitions")  # a CRF's, float32 [labels, labels]
         self.windower = windows.Windower(tokenizer, meta["unit"], meta["special_tokens"], meta["max_length"])
         self.pad_id = tokenizer.pad_token_id or 0
         self.batch_size = batch_size
@@ -92,7 +93,7 @@ class Tagger:
 
     def decoded(self, log_probs: list[np.ndarray]) -> list[tuple[list[str], np.ndarray]]:
         """Return tags and the probability of each, float32 [n], by the run's way of decoding."""
-        paths = decoding.decode(log_probs, self.labels, self.decode)
+        paths = decoding.decode(log_probs, self.labels, self.decode, self.transitions)
         return [
             ([self.labels[label] for label in path], np.exp(rows[np.arange(len(path)), path]))
             for rows, path in zip(log_probs, paths, strict=True)

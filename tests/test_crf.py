@@ -1,6 +1,7 @@
 """The CRF: loss and gradient against enumeration of all paths, windows of any shape, its file."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from ner import crf as crfs
 from ner import decoding
 from ner.errors import UserError
+from ner.meta import CRF_FILE, read_meta, write_meta
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 
@@ -117,11 +119,21 @@ def test_it_learns_what_follows_what():
     assert path.tolist() == [3, 4, 1, 2, 0]
 
 
-def test_it_is_saved_and_loaded_bit_for_bit(tmp_path):
-    crf = random_crf()
-    crf.save(tmp_path)
-    assert torch.equal(crfs.load(tmp_path, LABELS).transitions, crf.transitions)
-    assert np.array_equal(crfs.load(tmp_path, LABELS).numpy(), crf.numpy())
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model's ner.json and crf.safetensors."""
+    meta = {"labels": LABELS, "unit": "character", "special_tokens": True, "max_length": 64, "decode": "viterbi",
+            "tuning": "lora", "pretrained": "encoder", "virtual_tokens": 0, "head": "crf"}  # fmt: skip
+    write_meta(tmp_path, meta | {"transitions": random_crf().numpy()})
+    return tmp_path
+
+
+def test_it_is_saved_and_loaded_bit_for_bit(folder):
+    assert np.array_equal(read_meta(folder)["transitions"], random_crf().numpy())
+    assert torch.equal(crfs.Crf(LABELS, read_meta(folder)["transitions"]).transitions, random_crf().transitions)
+    meta = read_meta(folder)
+    write_meta(folder, meta | {"decode": "argmax"})  # as an export does
+    assert np.array_equal(read_meta(folder)["transitions"], meta["transitions"])
 
 
 @pytest.mark.parametrize(("break_it", "says"), [
@@ -130,9 +142,14 @@ def test_it_is_saved_and_loaded_bit_for_bit(tmp_path):
     (lambda file: safetensors.torch.save_file({"other": torch.zeros(5, 5)}, file), "damaged"),
     (lambda file: safetensors.torch.save_file({"transitions": torch.zeros(7, 7)}, file), "found 7 x 7"),
     (lambda file: safetensors.torch.save_file({"transitions": torch.full((5, 5), torch.nan)}, file), "finite"),
+    (lambda file: json_head(file, "sparse"), "head is 'sparse'"),
 ])  # fmt: skip
-def test_a_damaged_file_is_named(tmp_path, break_it, says):
-    random_crf().save(tmp_path)
-    break_it(tmp_path / crfs.FILE)
+def test_a_damaged_file_is_named(folder, break_it, says):
+    break_it(folder / CRF_FILE)
     with pytest.raises(UserError, match=says):
-        crfs.load(tmp_path, LABELS)
+        read_meta(folder)
+
+
+def json_head(file, head):
+    meta = json.loads((file.parent / "ner.json").read_text("utf-8"))
+    (file.parent / "ner.json").write_text(json.dumps(meta | {"head": head}), "utf-8")

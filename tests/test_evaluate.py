@@ -129,7 +129,7 @@ def test_a_test_file_of_the_project_is_found_from_any_folder(run, tmp_path, monk
     (tmp_path / "project" / "data").mkdir(parents=True)
     shutil.copy(runs.world() / "test", tmp_path / "project" / "data" / "some-test")
     (tmp_path / "run" / "config.yaml").write_text("test: data/some-test\nprecision: auto\n", "utf-8")
-    monkeypatch.setattr("ner.config.ROOT", tmp_path / "project")
+    monkeypatch.setattr("ner.paths.ROOT", tmp_path / "project")
     monkeypatch.chdir(tmp_path)
     evaluate.main(["--run", str(tmp_path / "run"), "--json", "-"])
     assert json.loads(capsys.readouterr().out) == json.loads((run / "test.json").read_text("utf-8"))

@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import runs
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ner import decoding, formats
 from ner import scores as scoring
 from ner.corpus import Sentence
+from ner.crf import Crf
 from ner.errors import UserError
 
 TYPES = ("PER", "LOC", "ORG")
@@ -156,6 +158,7 @@ class Tagger:
     """Knows O and PER, and gives every tag the probability that `rows` says."""
 
     labels = ["O", "B-PER", "I-PER"]
+    transitions = None
 
     def __init__(self, rows):
         self.rows = np.log(np.array(rows, np.float32))
@@ -174,6 +177,17 @@ def test_the_loss_is_a_mean_over_the_units_whose_tag_is_known():
     assert predicted == [["O", "B-PER", "O", "O"], ["O"]]
     assert loss == pytest.approx(-(np.log(0.8) + np.log(0.5) + np.log(0.8)) / 3)
     assert scoring.score_sentences(tagger, [Sentence(["a"], ["B-LOC"], 1)])[2] == 0.0
+
+
+def test_with_a_crf_the_loss_is_that_of_the_paths():
+    tagger = Tagger([[0.8, 0.1, 0.1], [0.25, 0.5, 0.25], [0.3, 0.3, 0.4]])
+    tagger.transitions = np.array([[0.5, -0.5, 0.0], [0.0, 0.0, 1.0], [0.2, 0.1, 0.3]], np.float32)
+    sentences = [Sentence(list("abc"), ["O", "B-PER", "I-PER"], 1), Sentence(list("a"), ["O"], 5),
+                 Sentence(list("a"), ["B-LOC"], 7)]  # fmt: skip
+    logits = torch.from_numpy(tagger.rows)[None]
+    path = Crf(tagger.labels, tagger.transitions)(logits, torch.tensor([[0, 1, 2]]))
+    expected = (float(path.detach()) - np.log(0.8)) / 4
+    assert scoring.score_sentences(tagger, sentences)[2] == pytest.approx(expected, rel=1e-5)
 
 
 def test_many_sentences_are_scored_in_their_order(monkeypatch):
