@@ -57,8 +57,8 @@ def segments(
 
 
 @functools.cache
-def templates() -> Any:
-    """Return the macros of report.html.j2 (head, sentence, tail, report), with autoescape."""
+def templates(name: str = "report.html.j2") -> Any:
+    """Return the macros of a template, with autoescape; report.html.j2 has head, sentence, tail and report."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -68,4 +68,4 @@ def templates() -> Any:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html.j2").module
+    return environment.get_template(name).module

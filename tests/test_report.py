@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ner import markup, report
+from ner import chart, markup, mistakes, report, run_files
 from ner.errors import UserError
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;"
@@ -54,8 +54,13 @@ def numbers(f1, support=10):
 
 
 def scores(f1=0.85, types=("LOC", "ORG", "PER")):
-    return {"micro": numbers(f1, 30), "macro": numbers(f1 - 0.02), "weighted": numbers(f1 - 0.01), "accuracy": 0.97,
-            "types": {name: numbers(f1 - 0.03 * i) for i, name in enumerate(types)}}
+    return {
+        "micro": numbers(f1, 30),
+        "macro": numbers(f1 - 0.02),
+        "weighted": numbers(f1 - 0.01),
+        "accuracy": 0.97,
+        "types": {name: numbers(f1 - 0.03 * i) for i, name in enumerate(types)},
+    }
 
 
 def sentence(text, gold, predicted):
@@ -74,18 +79,40 @@ def fill(run: Path, sentences=None) -> Path:
     run.mkdir(parents=True)
     draw = random.Random(3)
     if sentences is None:
-        sentences = [sentence("江泽民在北京会见比尔·盖茨", [("PER", 0, 3), ("LOC", 4, 6), ("PER", 8, 13)],
-                              [("PER", 0, 3), ("LOC", 4, 7), ("ORG", 8, 13)]) for _ in range(60)]
+        sentences = [
+            sentence(
+                "江泽民在北京会见比尔·盖茨",
+                [("PER", 0, 3), ("LOC", 4, 6), ("PER", 8, 13)],
+                [("PER", 0, 3), ("LOC", 4, 7), ("ORG", 8, 13)],
+            )
+            for _ in range(60)
+        ]
         sentences.append(sentence("新华社北京电", [("ORG", 0, 3), ("LOC", 3, 5)], [("ORG", 0, 3), ("LOC", 3, 5)]))
     (run / "predictions.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sentences))
-    (run / "metrics.jsonl").write_text("".join(
-        json.dumps({"epoch": e, "train_loss": 0.5 / e, "dev_loss": 0.4 / e, "dev": scores(0.8 + draw.random() / 10),
-                    "seconds": 30.0, "tokens_per_second": 8000, "learning_rate": 1e-3}) + "\n" for e in range(1, 5)))
+    (run / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "epoch": e,
+                    "train_loss": 0.5 / e,
+                    "dev_loss": 0.4 / e,
+                    "dev": scores(0.8 + draw.random() / 10),
+                    "seconds": 30.0,
+                    "tokens_per_second": 8000,
+                    "learning_rate": 1e-3,
+                }
+            )
+            + "\n"
+            for e in range(1, 5)
+        )
+    )
     (run / "test.json").write_text(json.dumps(scores(0.8765)))
     (run / "config.yaml").write_text("tuning: lora  # 调优\nlearning_rate: 0.001\n", encoding="utf-8")
     (run / "environment.json").write_text(json.dumps({"device": "cpu", "versions": {"torch": "2.13.0"}}))
-    (run / "train.log").write_text("2024-05-06 10:49:17,983 - __main__ - WARNING - 12 sentences of train are in test\n"
-                                   "2024-05-06 10:49:17,983 - __main__ - INFO - epoch 1 begin\n")
+    (run / "train.log").write_text(
+        "2024-05-06 10:49:17,983 - __main__ - WARNING - 12 sentences of train are in test\n"
+        "2024-05-06 10:49:17,983 - __main__ - INFO - epoch 1 begin\n"
+    )
     return run
 
 
@@ -99,11 +126,21 @@ def test_whole_run(run):
     page = Page(path)
     assert path == run / "report.html"
     assert page.tags.count("svg") == 2 and page.tags.count("polyline") == 4 and page.tags.count("circle") == 16
-    for text in ("20240506-104917", "0.8765", "0.9700", "12 sentences of train are in test", "tuning: lora  # 调优",
-                 "versions.torch", "2.13.0", "江泽民", "wrong boundary", "wrong type"):
+    for text in (
+        "20240506-104917",
+        "0.8765",
+        "0.9700",
+        "12 sentences of train are in test",
+        "tuning: lora  # 调优",
+        "versions.torch",
+        "2.13.0",
+        "江泽民",
+        "wrong boundary",
+        "wrong type",
+    ):
         assert text in page.text, text
     assert "epoch 1 begin" not in page.text
-    assert page.tags.count("article") == report.WORST  # of 60 sentences with errors
+    assert page.tags.count("article") == mistakes.WORST  # of 60 sentences with errors
     assert ("name", "viewport") in page.attributes
     assert list(run.glob(".*")) == []
 
@@ -140,7 +177,7 @@ def test_lone_surrogates_and_an_unknown_alphabet_of_types(tmp_path):
 FILES = ("predictions.jsonl", "metrics.jsonl", "test.json", "config.yaml", "environment.json", "train.log")
 
 
-@pytest.mark.parametrize("missing", [*((name,) for name in FILES), FILES, ("test.json", "predictions.jsonl")])
+@pytest.mark.parametrize("missing", [*((name,) for name in FILES), FILES[:-1], ("test.json", "predictions.jsonl")])
 def test_unfinished_run(run, missing):
     for name in missing:
         (run / name).unlink()
@@ -151,6 +188,15 @@ def test_unfinished_run(run, missing):
         (run / "finished.json").write_text("{}")  # a run that was not given a test file
         assert "no test scores yet" not in Page(report.write(run)).text
         assert "best so far" in page.text or "metrics.jsonl" in missing
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{tmp_path}: not the folder of a run" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_half_written_lines_and_numbers_that_are_none(run):
@@ -164,10 +210,30 @@ def test_half_written_lines_and_numbers_that_are_none(run):
 
 
 short = st.text(max_size=5)
-plain = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | short,
-                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(short, inner, max_size=3))
-shaped = st.dictionaries(st.sampled_from(["micro", "macro", "weighted", "types", "accuracy", "epoch", "train_loss",
-                                          "dev_loss", "dev", "f1", "chars", "gold", "predicted"]), plain)
+plain = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | short,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(short, inner, max_size=3),
+)
+shaped = st.dictionaries(
+    st.sampled_from(
+        [
+            "micro",
+            "macro",
+            "weighted",
+            "types",
+            "accuracy",
+            "epoch",
+            "train_loss",
+            "dev_loss",
+            "dev",
+            "f1",
+            "chars",
+            "gold",
+            "predicted",
+        ]
+    ),
+    plain,
+)
 
 
 @settings(max_examples=120, deadline=None)
@@ -190,37 +256,58 @@ def test_one_epoch_and_equal_values(run):
 
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9))
 def test_ticks_enclose(low, width):
-    ticks = report._ticks(low, low + width, 5)
+    ticks = chart.ticks(low, low + width, 5)
     assert 2 <= len(ticks) <= 12
     slack = 1e-6 * max(1, abs(low), width)
     assert ticks[0] <= low + slack and ticks[-1] >= low + width - slack
 
 
 def test_counts_on_the_page_are_right(run):
-    errors = report._errors(run / "predictions.jsonl")
+    errors = mistakes.summary(run_files.predictions(run))
     assert errors["types"] == ["LOC", "ORG", "PER"] and errors["count"] == 61 and errors["wrong"] == 120
-    assert dict(zip(report.KINDS, errors["totals"], strict=True)) == {
-        "correct": 62, "wrong boundary": 60, "wrong type": 60, "wrong both": 0, "missed": 0, "spurious": 0}
-    cells = {(row["type"], guess): cell[2] for row in errors["rows"]
-             for guess, cell in zip([*errors["types"], None], row["cells"], strict=True) if cell[0]}
-    assert cells == {("LOC", "LOC"): {"correct": 1, "wrong boundary": 60}, ("ORG", "ORG"): {"correct": 1},
-                     ("PER", "PER"): {"correct": 60}, ("PER", "ORG"): {"wrong type": 60}}
+    assert dict(zip(mistakes.KINDS, errors["totals"], strict=True)) == {
+        "correct": 62,
+        "wrong boundary": 60,
+        "wrong type": 60,
+        "wrong both": 0,
+        "missed": 0,
+        "spurious": 0,
+    }
+    cells = {
+        (row["type"], guess): cell[2]
+        for row in errors["rows"]
+        for guess, cell in zip([*errors["types"], None], row["cells"], strict=True)
+        if cell[0]
+    }
+    assert cells == {
+        ("LOC", "LOC"): {"correct": 1, "wrong boundary": 60},
+        ("ORG", "ORG"): {"correct": 1},
+        ("PER", "PER"): {"correct": 60},
+        ("PER", "ORG"): {"wrong type": 60},
+    }
 
 
-@pytest.mark.parametrize("gold, predicted, kinds", [
-    ([("PER", 0, 3)], [("PER", 0, 3)], ["correct"]),
-    ([("PER", 0, 3)], [("PER", 0, 2)], ["wrong boundary"]),
-    ([("PER", 0, 3)], [("LOC", 0, 3)], ["wrong type"]),
-    ([("PER", 0, 3)], [("LOC", 1, 5)], ["wrong both"]),
-    ([("PER", 0, 3)], [], ["missed"]),
-    ([], [("PER", 0, 3)], ["spurious"]),
-    ([("PER", 0, 3)], [("PER", 3, 5)], ["missed", "spurious"]),  # they touch, they do not overlap
-    ([("PER", 0, 6)], [("PER", 0, 2), ("PER", 2, 6)], ["spurious", "wrong boundary"]),  # the longer overlap is its pair
-    ([("PER", 0, 2), ("PER", 2, 6)], [("PER", 0, 6)], ["missed", "wrong boundary"]),
-    ([("PER", 0, 4)], [("LOC", 0, 3), ("PER", 3, 4)], ["spurious", "wrong boundary"]),  # the right type goes first
-])
+@pytest.mark.parametrize(
+    "gold, predicted, kinds",
+    [
+        ([("PER", 0, 3)], [("PER", 0, 3)], ["correct"]),
+        ([("PER", 0, 3)], [("PER", 0, 2)], ["wrong boundary"]),
+        ([("PER", 0, 3)], [("LOC", 0, 3)], ["wrong type"]),
+        ([("PER", 0, 3)], [("LOC", 1, 5)], ["wrong both"]),
+        ([("PER", 0, 3)], [], ["missed"]),
+        ([], [("PER", 0, 3)], ["spurious"]),
+        ([("PER", 0, 3)], [("PER", 3, 5)], ["missed", "spurious"]),  # they touch, they do not overlap
+        (
+            [("PER", 0, 6)],
+            [("PER", 0, 2), ("PER", 2, 6)],
+            ["spurious", "wrong boundary"],
+        ),  # the longer overlap is its pair
+        ([("PER", 0, 2), ("PER", 2, 6)], [("PER", 0, 6)], ["missed", "wrong boundary"]),
+        ([("PER", 0, 4)], [("LOC", 0, 3), ("PER", 3, 4)], ["spurious", "wrong boundary"]),  # the right type goes first
+    ],
+)
 def test_kinds_of_error(gold, predicted, kinds):
-    assert sorted(kind for kind, _, _ in report.pairs(gold, predicted)) == kinds
+    assert sorted(kind for kind, _, _ in mistakes.pairs(gold, predicted)) == kinds
 
 
 @st.composite
@@ -234,7 +321,7 @@ def entities(draw):
 
 @given(entities(), entities())
 def test_every_entity_has_one_pair(gold, predicted):
-    matched = report.pairs(gold, predicted)
+    matched = mistakes.pairs(gold, predicted)
     assert sorted(g for _, g, _ in matched if g) == sorted(gold)
     assert sorted(p for _, _, p in matched if p) == sorted(predicted)
     assert sum(kind == "correct" for kind, _, _ in matched) == len(set(gold) & set(predicted))
@@ -242,8 +329,15 @@ def test_every_entity_has_one_pair(gold, predicted):
         assert (kind == "missed") == (p is None) and (kind == "spurious") == (g is None)
         if g and p:
             same = (g[0] == p[0], g[1:] == p[1:])
-            assert kind == {(True, True): "correct", (True, False): "wrong boundary", (False, True): "wrong type",
-                            (False, False): "wrong both"}[same]
+            assert (
+                kind
+                == {
+                    (True, True): "correct",
+                    (True, False): "wrong boundary",
+                    (False, True): "wrong type",
+                    (False, False): "wrong both",
+                }[same]
+            )
             assert max(g[1], p[1]) < min(g[2], p[2])
 
 
@@ -270,7 +364,7 @@ def test_words_are_joined_by_spaces(tmp_path):
 
 def test_hues_differ():
     assert len(set(markup.hues("ABCDEFGHIJ").values())) == 10
-    assert markup.hues(["B", "A"]) == report.hues(["A", "B", "A"])
+    assert markup.hues(["B", "A"]) == markup.hues(["A", "B", "A"])
     assert all(0 <= hue < 360 for hue in markup.hues(map(str, range(40))).values())
 
 
@@ -297,8 +391,7 @@ def test_page_that_cannot_be_written(run):
 
 def test_without_torch(run):
     code = f"import sys; from ner import report; report.write({str(run)!r}); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True,
-                   cwd=Path(report.__file__).parents[1], timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(report.__file__).parents[1], timeout=60)
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -341,11 +434,27 @@ def test_in_a_browser(run, site, tmp_path):
         """Opens a page with every host name leading to the local server; returns the finished process, paths asked."""
         asked.clear()
         done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
-             f"--host-resolver-rules=MAP *.test 127.0.0.1:{port}", *options,
-             f"http://127.0.0.1:{port}/{page}"], capture_output=True, text=True, timeout=120)
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--hide-scrollbars",
+                "--enable-logging=stderr",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--host-resolver-rules=MAP *.test 127.0.0.1:{port}",
+                *options,
+                f"http://127.0.0.1:{port}/{page}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         return done, list(asked)
 
     done, paths = browse("control.html", "--dump-dom")

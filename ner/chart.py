@@ -1,0 +1,60 @@
+"""Numbers by epoch → the geometry of a line chart, which the pages' template draws as SVG."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+LEFT, RIGHT, TOP, BOTTOM = 48, 404, 16, 204  # of the plot, in the 420 × 240 units of the template's view box
+TICKS = 5
+MOST_EPOCHS = 10  # named under the axis
+
+Point = tuple[float, float]
+
+
+def chart(title: str, lines: Sequence[tuple[str, int, list[Point]]]) -> dict[str, Any] | None:
+    """Return a chart of lines, each (name, its colour's index, points (epoch, value)); None without a point."""
+    lines = [line for line in lines if line[2]]
+    if not lines:
+        return None
+    xs = [x for *_, points in lines for x, _ in points]
+    ys = [y for *_, points in lines for _, y in points]
+    marks = ticks(min(ys), max(ys), TICKS)
+    place = _placer(min(xs), max(xs), marks[0], marks[-1])
+    named_epochs = sorted({int(x) for x in xs})
+    named_epochs = named_epochs[:: math.ceil(len(named_epochs) / MOST_EPOCHS)]
+    digits = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
+    return {
+        "title": title,
+        "y": [(place(xs[0], y)[1], f"{y:.{digits}f}") for y in marks],
+        "x": [(place(x, marks[0])[0], x) for x in named_epochs],
+        "lines": [
+            {
+                "name": name,
+                "colour": colour,
+                "last": points[-1][1],
+                "points": [(*place(x, y), f"epoch {x:g}: {y:.4f}") for x, y in points],
+            }
+            for name, colour, points in lines
+        ],
+    }
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """Return about `count` round numbers, evenly spaced, that enclose low and high."""
+    span = (high - low) or abs(high) * 0.1 or 1.0
+    magnitude = 10.0 ** math.floor(math.log10(span / count))
+    fitting = [factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude * count >= span]
+    step = fitting[0] if fitting else 10 * magnitude
+    bottom, top = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * i for i in range(bottom, max(top, bottom + 1) + 1)]
+
+
+def _placer(left: float, right: float, low: float, high: float) -> Callable[[float, float], Point]:
+    """A function from values to places in the plot."""
+
+    def place(x: float, y: float) -> Point:
+        across = (x - left) / (right - left) if right > left else 0.5
+        up = (y - low) / (high - low)
+        return round(LEFT + (RIGHT - LEFT) * across, 1), round(BOTTOM - (BOTTOM - TOP) * up, 1)
+
+    return place

@@ -1,0 +1,174 @@
+"""Several runs → one HTML page: scores, types, curves, cost, settings, and the test sentences on which they differ.
+
+`python -m ner.report --compare RUN RUN...` writes it. As with the page of one run, nothing is loaded from elsewhere and
+everything from the runs is escaped.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ner import mistakes, run_files
+from ner.chart import chart
+from ner.config_file import read
+from ner.config_schema import FIELDS
+from ner.decoding import spans
+from ner.errors import UserError
+from ner.markup import LONGEST_GAP, hues, language, segments, templates, visible
+from ner.run_files import Prediction
+
+FEWEST, MOST = 2, 8  # runs on a page; the curves have as many colours
+MOST_SENTENCES = 50  # shown
+PLACES = ("output", "run")  # keys that say where a run lies, not how it was made
+
+Sentences = dict[tuple, Prediction]
+
+
+def write(runs: Sequence[Path], output: str | os.PathLike | None = None) -> Path:
+    """Write the page of the runs to `output`, else beside the first run; return its path. Raises UserError."""
+    runs = [Path(run).expanduser() for run in runs]
+    if not FEWEST <= len(runs) <= MOST:
+        raise UserError(f"--compare: {len(runs)} run(s) given; expected {FEWEST} to {MOST} folders of runs")
+    for run in runs:
+        run_files.check_is_run(run)
+    target = Path(output).expanduser() if output else runs[0].resolve().parent / "comparison.html"
+    macros = templates("comparison.html.j2")
+    return run_files.write_page(target, str(macros.comparison(page(runs))).lstrip())
+
+
+def page(runs: Sequence[Path]) -> dict[str, Any]:
+    """Return what the template shows of the runs."""
+    names = _names(runs)
+    scores = [run_files.best_scores(run) for run in runs]
+    differences = differing([{_key(p, n): p for p, n in _numbered(run_files.predictions(run))} for run in runs])
+    types = sorted({name for row, _ in scores if row for name in row["types"]} | differences.pop("types"))
+    return {
+        "names": names,
+        "rows": [_summary(run, name, *score) for run, name, score in zip(runs, names, scores, strict=True)],
+        "same_test": len({on for _, on in scores}) == 1,
+        "types": [(name, [_type_row(row, name) for row, _ in scores]) for name in types],
+        "charts": [drawn for drawn in _charts(runs, names) if drawn],
+        "settings": _settings(runs),
+        "differences": differences,
+        "hues": hues(types),
+    }
+
+
+def differing(runs: list[Sentences]) -> dict[str, Any]:
+    """Return the sentences on which the runs differ, those first where the best and the worst run lie furthest apart.
+
+    runs: the sentences of each by a key that is the same for the same sentence. Only those that all runs have count.
+    """
+    common = [key for key in runs[0] if all(key in run for run in runs[1:])]
+    units = [unit for key in common for unit in runs[0][key].chars]
+    joint = " " if sum(len(unit) > 1 for unit in units) > mistakes.MANY_WORDS * len(units) else ""
+    different, types, faultless = [], set(), [0] * len(runs)
+    for key in common:
+        sentences = [run[key] for run in runs]
+        found = [mistakes.pairs(spans(each.gold), spans(each.predicted)) for each in sentences]
+        wrong = [mistakes.errors(pairs) for pairs in found]
+        faultless = [count + (errors == 0) for count, errors in zip(faultless, wrong, strict=True)]
+        types |= {entity[0] for pairs in found for _, *both in pairs for entity in both if entity}
+        if len({tuple(spans(each.predicted)) for each in sentences}) > 1:
+            different.append((min(wrong) - max(wrong), sentences[0].line, sentences, found, wrong))
+    different.sort(key=lambda item: item[:2])
+    return {
+        "common": len(common),
+        "all": max(len(run) for run in runs),
+        "count": len(different),
+        "faultless": faultless,
+        "types": types,
+        "shown": [
+            _shown(sentences, found, wrong, joint) for _, _, sentences, found, wrong in different[:MOST_SENTENCES]
+        ],
+    }
+
+
+def _shown(sentences: list[Prediction], found: list, wrong: list[int], joint: str) -> dict[str, Any]:
+    first = sentences[0]
+    return {
+        "number": first.line,
+        "lang": language("".join(first.chars[:LONGEST_GAP])),
+        "gold": segments(first.chars, mistakes.marked([("correct", *pair[1:]) for pair in found[0]], 1), joint),
+        "runs": [
+            (errors, segments(each.chars, mistakes.marked(pairs, 2), joint))
+            for each, pairs, errors in zip(sentences, found, wrong, strict=True)
+        ],
+    }
+
+
+def _numbered(sentences: Iterable[Prediction]) -> Iterable[tuple[Prediction, int]]:
+    """Each sentence with how many of the same text came before it."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    for sentence in sentences:
+        text = tuple(sentence.chars)
+        yield sentence, seen[text]
+        seen[text] += 1
+
+
+def _key(sentence: Prediction, repeat: int) -> tuple:
+    return tuple(sentence.chars), repeat
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, with those above them where two runs have the same."""
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.resolve()) for run in runs]
+    return [visible(name) for name in names]
+
+
+def _summary(run: Path, name: str, scores: dict[str, Any] | None, scored: str) -> dict[str, Any]:
+    """One run's row of scores and cost."""
+    epochs = run_files.epochs(run)
+    seconds = [run_files.number(line.get("seconds")) or 0.0 for line in epochs]
+    speeds = [speed for line in epochs if (speed := run_files.number(line.get("tokens_per_second")))]
+    parameters = run_files.trainable(run)
+    machine = run_files.json_object(run / "environment.json")
+    return {
+        "name": name,
+        "scores": scores,
+        "scored": scored,
+        "epochs": len(epochs),
+        "seconds": sum(seconds) if epochs else None,
+        "speed": sum(speeds) / len(speeds) if speeds else None,
+        "trained": parameters[0] if parameters else None,
+        "parameters": parameters[1] if parameters else None,
+        "device": visible(" ".join(str(machine[key]) for key in ("gpu", "device", "precision") if key in machine)),
+    }
+
+
+def _type_row(scores: dict[str, Any] | None, name: str) -> dict[str, float | None] | None:
+    return scores["types"].get(name) if scores else None
+
+
+def _charts(runs: Sequence[Path], names: list[str]) -> list[dict[str, Any] | None]:
+    epochs = [run_files.epochs(run) for run in runs]
+
+    def lines(value: Any) -> list[tuple[str, int, list]]:
+        return [(name, i, run_files.curve(epochs[i], value)) for i, name in enumerate(names)]
+
+    return [
+        chart("Micro F1 on dev", lines(run_files.dev_f1)),
+        chart("Loss on dev", lines(lambda line: line.get("dev_loss"))),
+        chart("Loss on train", lines(lambda line: line.get("train_loss"))),
+    ]
+
+
+def _settings(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:
+    """The keys of config.yaml whose values differ, with the value in each run."""
+    configs = [_config(run / "config.yaml") for run in runs]
+    keys = [key for key in FIELDS if key not in PLACES and any(key in config for config in configs)]
+    rows = [(key, [config.get(key, "–") for config in configs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _config(file: Path) -> dict[str, str]:
+    """The values of a config file as text, {} where it cannot be read."""
+    try:
+        values, _ = read(file)
+    except UserError:
+        return {}
+    return {key: visible("null" if value is None else str(value)) for key, value in values.items()}

@@ -1,0 +1,155 @@
+"""Gold and predicted entities of sentences → which kinds of error there are, how many, and in which sentences."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ner.decoding import spans
+from ner.markup import LONGEST_GAP, language, segments
+from ner.run_files import Prediction
+
+WORST = 50  # sentences shown
+CORRECT, BOUNDARY, TYPE, BOTH, MISSED, SPURIOUS = KINDS = (
+    "correct",
+    "wrong boundary",
+    "wrong type",
+    "wrong both",
+    "missed",
+    "spurious",
+)
+MATCHED = (CORRECT, TYPE, BOUNDARY, BOTH)  # kinds of two entities that overlap, the better first
+MANY_WORDS = 0.3  # share of units of several characters from which a corpus is one of words
+
+Entity = tuple[str, int, int]  # type, start, end: half-open, in units
+Pair = tuple[str, Entity | None, Entity | None]  # kind, gold, predicted
+
+
+def pairs(gold: list[Entity], predicted: list[Entity]) -> list[Pair]:
+    """Match gold and predicted entities of one sentence, each at most once, so that all counts add up.
+
+    Returns (kind, gold or None, predicted or None). The kinds are nervaluate's: same span and type; overlap with the
+    right type (wrong boundary); same span with another type (wrong type); overlap with another type (wrong both); gold
+    alone (missed); predicted alone (spurious). Where several would match, the better kind goes first, then the longer
+    overlap.
+    """
+    gold, predicted = sorted(gold, key=lambda entity: entity[1:]), sorted(predicted, key=lambda entity: entity[1:])
+    free_gold, free_predicted = set(range(len(gold))), set(range(len(predicted)))
+    matched: list[Pair] = []
+    for rank, _, i, j in sorted(_overlaps(gold, predicted)):
+        if i in free_gold and j in free_predicted:
+            free_gold.remove(i)
+            free_predicted.remove(j)
+            matched.append((MATCHED[rank], gold[i], predicted[j]))
+    matched += [(MISSED, gold[i], None) for i in free_gold]
+    matched += [(SPURIOUS, None, predicted[j]) for j in free_predicted]
+    return sorted(matched, key=lambda pair: (pair[1] or pair[2] or ())[1:])
+
+
+def marked(found: list[Pair], side: int) -> list[tuple[str, int, int, str]]:
+    """Return the gold (side 1) or predicted (side 2) entities of `pairs`, each with its kind, in their order."""
+    entities = [(*entity, pair[0]) for pair in found if (entity := pair[side])]
+    return sorted(entities, key=lambda entity: entity[1])
+
+
+def errors(found: list[Pair]) -> int:
+    """Return how many of the pairs are errors."""
+    return sum(kind != CORRECT for kind, _, _ in found)
+
+
+@dataclass
+class Mistakes:
+    """The counts over many sentences, and the worst of these."""
+
+    sentences: int = 0
+    units: int = 0
+    words: int = 0  # units of several characters
+    cells: Counter = field(default_factory=Counter)  # (gold type or None, predicted type or None, kind) -> count
+    worst: list[tuple[Prediction, list[Pair]]] = field(default_factory=list)
+
+    def add(self, sentence: Prediction) -> None:
+        """Count the entities of a sentence."""
+        found = pairs(spans(sentence.gold), spans(sentence.predicted))
+        self.sentences += 1
+        self.units += len(sentence.chars)
+        self.words += sum(len(unit) > 1 for unit in sentence.chars)
+        for kind, true, guess in found:
+            self.cells[true[0] if true else None, guess[0] if guess else None, kind] += 1
+        if errors(found):
+            self.worst.append((sentence, found))
+        if len(self.worst) > 20 * WORST:
+            self.worst = self.ranked()
+
+    def ranked(self) -> list[tuple[Prediction, list[Pair]]]:
+        """Return the worst sentences: most errors first, then the shorter, then the earlier."""
+        return sorted(self.worst, key=lambda item: (-errors(item[1]), len(item[0].chars), item[0].line))[:WORST]
+
+    @property
+    def types(self) -> list[str]:
+        """All types, gold or predicted, sorted."""
+        return sorted({name for cell in self.cells for name in cell[:2] if name})
+
+    @property
+    def joint(self) -> str:
+        """What stands between two units: a space between words, nothing between characters."""
+        return " " if self.words > MANY_WORDS * self.units else ""
+
+    def by_type(self) -> dict[str, Counter]:
+        """Return type -> kind -> count; an entity counts under its gold type, a spurious one under the predicted."""
+        counts: dict[str, Counter] = {name: Counter() for name in self.types}
+        for (true, guess, kind), count in self.cells.items():
+            counts[true or guess][kind] += count
+        return counts
+
+
+def summary(sentences: Iterable[Prediction]) -> dict[str, Any] | None:
+    """Return what the report shows of the predictions: confusion, kinds of error, worst sentences. None without any."""
+    mistakes = Mistakes()
+    for sentence in sentences:
+        mistakes.add(sentence)
+    if not mistakes.sentences:
+        return None
+    types, counts = mistakes.types, mistakes.by_type()
+    return {
+        "types": types,
+        "count": mistakes.sentences,
+        "wrong": sum(count for (_, _, kind), count in mistakes.cells.items() if kind != CORRECT),
+        "rows": [_matrix_row(mistakes.cells, true, types) for true in [*types, None]],
+        "kinds": [(name, [counts[name][kind] for kind in KINDS]) for name in types],
+        "totals": [sum(counts[name][kind] for name in types) for kind in KINDS],
+        "worst": [_shown(sentence, found, mistakes.joint) for sentence, found in mistakes.ranked()],
+    }
+
+
+def _overlaps(gold: list[Entity], predicted: list[Entity]) -> list[tuple[int, int, int, int]]:
+    """(rank of the kind, -overlap, index of gold, index of predicted) of all that overlap; both lists are sorted."""
+    overlaps = []
+    first = 0  # gold entities before it end before this prediction and all later ones
+    for j, guess in enumerate(predicted):
+        while first < len(gold) and gold[first][2] <= guess[1]:
+            first += 1
+        for i in range(first, len(gold)):
+            overlap = min(gold[i][2], guess[2]) - max(gold[i][1], guess[1])
+            if overlap <= 0:
+                break
+            same_type, same_span = gold[i][0] == guess[0], gold[i][1:] == guess[1:]
+            kind = (CORRECT if same_type else TYPE) if same_span else (BOUNDARY if same_type else BOTH)
+            overlaps.append((MATCHED.index(kind), -overlap, i, j))
+    return overlaps
+
+
+def _matrix_row(cells: Counter, true: str | None, types: list[str]) -> dict[str, Any]:
+    """One row of the confusion matrix; None stands for O. A cell: (count, share of the row, counts by kind)."""
+    row = [{kind: cells[true, guess, kind] for kind in KINDS if cells[true, guess, kind]} for guess in [*types, None]]
+    total = sum(sum(cell.values()) for cell in row) or 1
+    return {"type": true, "cells": [(sum(cell.values()), sum(cell.values()) / total, cell) for cell in row]}
+
+
+def _shown(sentence: Prediction, found: list[Pair], joint: str) -> dict[str, Any]:
+    return {
+        "number": sentence.line,
+        "wrong": errors(found),
+        "lang": language("".join(sentence.chars[:LONGEST_GAP])),
+        "gold": segments(sentence.chars, marked(found, 1), joint),
+        "predicted": segments(sentence.chars, marked(found, 2), joint),
+    }
