@@ -154,19 +154,24 @@ def training_speed(chinese: bool) -> tuple[list[str], Rows]:
 
 
 def tagging_speed(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/performance.md: predict.py against transformers' pipeline."""
-    head = ["tagging", "characters/s", "pipeline at its best batch size", "ratio", "command", "measured"]
+    """The table of docs/performance.md: predict.py's engines against transformers' pipeline."""
+    columns = {
+        "ONNX, characters/s": ("characters_per_second", 0),
+        "PyTorch": ("characters_per_second_torch", 0),
+        "pipeline": ("peer_characters_per_second", 0),
+        "ONNX to pipeline": ("ratio", 1),
+        "seconds for one text": ("start_seconds", 2),
+        "same tags": ("same_tags", 4),
+        "F1, ONNX": ("f1_onnx", 3),
+        "F1, PyTorch in float32": ("f1_torch_fp32", 3),
+    }
     rows = []
     for name in ("predict-msra", "predict-ner_data"):
         if measurement := load(name):
-            columns = {
-                key: figure([run[key] for run in measurement["runs"]], 1 if key == "ratio" else 0)
-                for key in ("characters_per_second", "peer_characters_per_second", "ratio")
-            }
-            rows.append(
-                [name.removeprefix("predict-"), *columns.values(), f"`{measurement['command']}`", source(measurement)]
-            )
-    return head, rows
+            cells = [figure([run[key] for run in measurement["runs"]], digits) for key, digits in columns.values()]
+            command = f"`{measurement['command']}`"
+            rows.append([name.removeprefix("predict-"), *cells, command, source(measurement)])
+    return ["tagging", *columns, "command", "measured"], rows
 
 
 def cost(chinese: bool) -> tuple[list[str], Rows]:
