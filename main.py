@@ -6,209 +6,245 @@ python main.py --resume latest                # go on where a run was stopped
 accelerate launch main.py                     # the same on several devices
 """
 
-import contextlib
-import dataclasses
 import json
 import logging
 import math
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ner import checkpoint
 from ner import config as settings
-from ner import scores as scoring
-from ner import files
 from ner import files
 from ner import files
 from ner import files
 from ner import run as folder
+from ner import scores as scoring
 from ner.errors import UserError, command
+from ner.files import write_text
+from ner.progress import flat, seed_of, units_of
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    from ner.checkpoint import Checkpoints
+    from ner.corpus import Corpus, Sentence
+    from ner.progress import Progress
+    from ner.stop import Stop
+    from ner.training import Training
+    from ner.windows import Window
 
 log = logging.getLogger("__main__")
+RESULTS = ("test.json", "predictions.jsonl", "finished.json")  # what a run that has ended holds
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     config, flags = settings.load(argv)  # before torch is imported: a wrong key is answered at once
-    from ner import distributed as parallel
+    from ner import corpora, distributed
 
-    devices = parallel.start(config)
+    accelerator = distributed.start(config)
     run = Path(flags.resume) if flags.resume else None
-    if devices.is_main_process and not run:
-        config = folder.portable(config)
+    if accelerator.is_main_process and not run:
         run = folder.new_run(config.output, config.run)
-    run = parallel.agreed(run)
-    with folder.opened(run, writes=devices.is_main_process):
+    run = distributed.from_first(run)
+    with folder.opened(run, writes=accelerator.is_main_process):
         log.info("run %s", run)
         if flags.resume:
             folder.check_same(config, run)
-        corpus, dev, test = read_data(config, devices)
-        train(config, run, devices, corpus, dev)
-        finish(config, run, devices, test, flags.push_to_hub)
+        corpus, dev, test = corpora.read(config, accelerator)
+        progress = train(config, run, accelerator, corpus, dev)
+        finish(config, run, accelerator, progress, dev, test, flags.push_to_hub)
 
 
-def train(config, run: Path, devices, corpus, dev: list) -> None:
-    """From the encoder to the last epoch. Leaves the best epoch in run/model."""
+def train(
+    config: settings.Config, run: Path, accelerator: "Accelerator", corpus: "Corpus", dev: "list[Sentence]"
+) -> "Progress":
+    """Train from where the run stands to the last epoch; leave the best one in run/model. Exits where it is stopped."""
+    from ner.checkpoint import Checkpoints
+    from ner.progress import Progress, progress_bar
+    from ner.stop import Stop
+    from ner.training import build
+
+    training = build(config, corpus, accelerator, run)
+    writes, steps = accelerator.is_main_process, training.steps_an_epoch
+    checkpoints = Checkpoints(run, training, config.checkpoint_minutes, writes)
+    progress = checkpoints.resume() or Progress(data=training.digest, micro_batch=config.batch_size)
+    if writes and (progress.epoch < config.epochs or config.test is None):
+        discard_results(run)
+    with progress_bar(steps, shown=writes) as bar, Stop(accelerator) as stop:
+        for epoch in range(progress.epoch, config.epochs):
+            log.info("epoch %d begin", epoch + 1)
+            bar.reset()
+            bar.update(progress.step)
+            train_epoch(training, progress, checkpoints, stop, bar)
+            if not stop.agreed():
+                score_epoch(training, dev, progress, checkpoints, stop)
+            if stop.agreed():
+                checkpoints.save(progress)
+                log.info("stopped in epoch %d after %d of %d steps; go on with: python main.py --resume %s",
+                         progress.epoch + 1, progress.step, steps, run)  # fmt: skip
+                sys.exit(128 + stop.requested)
+    checkpoints.finish(progress)
+    return progress
+
+
+def train_epoch(
+    training: "Training", progress: "Progress", checkpoints: "Checkpoints", stop: "Stop", bar: "tqdm"
+) -> None:
+    """Take the steps that remain of an epoch, or return after the one in which a signal came."""
+    from ner import adalora, distributed
+
+    config, model, optimizer, steps = training.config, training.model, training.optimizer, training.steps_an_epoch
+    model.train()
+    for batch in progress.remaining(training.batches_of(progress.epoch)):
+        began = time.perf_counter()
+        step = progress.epoch * steps + progress.step  # over all epochs, from 0
+        learning_rate = training.learning_rate(step)
+        loss = add_gradients(training, batch, progress, step)  # forward, loss, backward: see below
+        loss = distributed.sum_over_processes(training.accelerator, loss, optimizer) / units_of(batch)
+        gradients = adalora.gradients(model, optimizer.scale.value)
+        norm = optimizer.step(learning_rate, config.max_grad_norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or optimizer.scale.may_overflow):
+            raise UserError(not_finite(training, progress, batch, loss, norm, learning_rate))
+        if math.isfinite(norm):  # else the step was left out, as float16 has overflowed
+            adalora.after_step(model, step + 1, training.steps, gradients, optimizer)
+            optimizer.average(step + 1)
+        if progress.step in (0, (steps - 1) // 2, steps - 1):
+            log.info("batch loss %f", loss)
+        progress.count(batch, loss, time.perf_counter() - began)
+        training.time_left.log_once(progress)
+        bar.update()
+        if checkpoints.due():
+            checkpoints.save(progress)
+        if stop.agreed():
+            return
+
+
+def add_gradients(training: "Training", batch: "list[Window]", progress: "Progress", step: int) -> "torch.Tensor":
+    """Add the gradient of a batch's mean loss over all labelled units. Return this process's part of the summed loss.
+
+    The processes share the batch, and each works through its share progress.micro_batch windows at a time, fewer where
+    memory does not suffice. As every sum is divided by the units of the whole batch, each way to share it gives the
+    same gradient. Raises UserError where memory does not suffice for a single window.
+    """
     import torch
 
-    from ner import kernels as fast
-    from ner.precision import choose_dtype
-    from ner.optimizer import Optimizer
-    from ner import batches
+    from ner.memory import smaller_batch
+
+    accelerator = training.accelerator
+    share = batch[accelerator.process_index :: accelerator.num_processes]
+    torch.manual_seed(seed_of(training.config.seed, step, accelerator.process_index))
+    try:
+        return forward_backward(training, share, units_of(batch), progress.micro_batch)
+    except RuntimeError as error:
+        progress.micro_batch = smaller_batch(error, share, progress.micro_batch)
+    training.optimizer.clear_gradients()
+    return add_gradients(training, batch, progress, step)
+
+
+def forward_backward(training: "Training", share: "list[Window]", units: int, micro_batch: int) -> "torch.Tensor":
+    """Add the gradient of the loss of `share`, divided by `units`. Return the loss, summed: a float32 scalar."""
+    import torch
+
     from ner import model as models
-    from ner.corpus import label_list
-    from ner.distributed import add_gradients, after_step
+
+    total = torch.zeros((), device=training.device)
+    for start in range(0, len(share), micro_batch):
+        inputs, labels = training.collate(share[start : start + micro_batch])
+        logits = training.model(**inputs).logits
+        loss, _ = models.loss_sum(logits, labels)
+        training.optimizer.backward(loss / units)
+        total += loss.detach()
+    return total
+
+
+def score_epoch(
+    training: "Training", dev: "list[Sentence]", progress: "Progress", checkpoints: "Checkpoints", stop: "Stop"
+) -> None:
+    """Score the epoch on dev, keep it where it is the best, and go to the next; do nothing where a signal comes."""
+    accelerator, optimizer, steps = training.accelerator, training.optimizer, training.steps_an_epoch
+    log.info("epoch average loss: %f", progress.loss / progress.units)
+    log.info("开始测试第%d轮模型效果：", progress.epoch + 1)
+    with optimizer.using(optimizer.scored):
+        result = stop.break_off(lambda: scoring.score_sentences(training.tagger, dev, accelerator))
+    if result is None:
+        return
+    scores, predicted, dev_loss = result
+    log_scores(scores)
+    last_rate = training.learning_rate(progress.epoch * steps + steps - 1)
+    line = progress.end_epoch(scores, dev_loss, last_rate)
+    is_best = progress.best == progress.epoch
+    log.info("epoch %d took %.1f seconds, %.0f tokens a second; dev loss %f%s", progress.epoch, line["seconds"],
+             line["tokens_per_second"], dev_loss, "; the best so far" if is_best else "")  # fmt: skip
+    if not any(tag != "O" for tags in predicted for tag in tags):
+        log.warning("%s", nothing_predicted(training.config, progress.epoch * steps))
+    checkpoints.save(progress, is_best)
+    accelerator.log(flat(line), step=progress.epoch)
+
+
+def finish(
+    config: settings.Config,
+    run: Path,
+    accelerator: "Accelerator",
+    progress: "Progress",
+    dev: "list[Sentence]",
+    test: "list[Sentence] | None",
+    hub: str | None,
+) -> None:
+    """Score the best epoch on test as it was saved, and write what the other commands read."""
     from ner.tagging import Tagger
 
-    # What is trained
-    device, labels = devices.device, label_list(corpus.sentences)
-    dtype, reason = choose_dtype(config.precision, device)
-    log.info("device %s, %d process(es), %d thread(s)", device, devices.num_processes, torch.get_num_threads())
-    log.info("precision %s: %s", str(dtype).removeprefix("torch."), reason)
-    if warning := settings.rate_warning(config):
-        log.warning("%s", warning)
-    if devices.is_main_process:
-        files.write(run / "config.yaml", settings.dump(config))
-        files.write(run / "environment.json", json.dumps(folder.environment(devices, dtype), indent=1) + "\n")
-    torch.manual_seed(config.seed)  # new weights are drawn from it
-    model, tokenizer, meta = models.build(config, labels, corpus.unit, fast.attention_implementation(device))
-    log.info("labels: %s", " ".join(labels))
-    log.info("%s", models.trainable_line(model))
-    fast.prepare(model, dtype, device)
-    optimizer = Optimizer(model, config.learning_rate, config.weight_decay, config.averaging,
-                               models.head_weights(model), config.head_factor)  # fmt: skip
-    tagger = Tagger(model, tokenizer, meta)
+    accelerator.wait_for_everyone()
+    if test is not None:
+        log.info("开始测试第%d轮模型在测试集上的效果：", progress.best)
+        tagger = Tagger.of(run, device=accelerator.device, precision=config.precision)
+        scores, predicted, _ = scoring.score_sentences(tagger, test, accelerator)
+        log_scores(scores)
+    if accelerator.is_main_process:
+        if test is not None:
+            rows = [{"chars": s.chars, "gold": s.tags, "predicted": t} for s, t in zip(test, predicted, strict=True)]
+            write_lines(run / "predictions.jsonl", rows)
+            write_lines(run / "test.json", [scores])
+        write_lines(run / "finished.json", [{"best_epoch": progress.best, "epochs": progress.epoch}])
+        hand_on(config, run, dev, hub)
+    accelerator.end_training()
+    log.info("finished: %s", run)
+    log.info("next: python predict.py --run %s, or open %s", run, (run / "report.html").absolute())
 
-    # What it is trained on: a step takes `size` windows, however many processes and passes share them
-    number = {label: index for index, label in enumerate(labels)}
-    gold = [[number[tag] for tag in sentence.tags] for sentence in corpus.sentences]
-    windows = tagger.windower.windows([sentence.chars for sentence in corpus.sentences])
-    size = config.batch_size * config.accumulation * devices.num_processes
-    steps = math.ceil(len(windows) / size)
-    log.info("%d windows of at most %d tokens, %d in a step, %d steps an epoch; %s at learning rate %g",
-             len(windows), meta["max_length"], size, steps, config.tuning, config.learning_rate)  # fmt: skip
 
-    # Where it stands
-    keeper = checkpoint.Keeper(run, model, optimizer, config.checkpoint_minutes, devices.is_main_process,
-                               save_model=lambda place: models.save(model, tokenizer, meta, place))  # fmt: skip
-    data = checkpoint.digest(corpus.sentences, labels, steps)
-    at = keeper.resumed(data) or checkpoint.Progress(data=data, micro_batch=config.batch_size)
-    if config.trackers:
-        devices.project_configuration.logging_dir = str(run)
-        devices.init_trackers("ner", {key: str(value) for key, value in config.model_dump().items()})
+def hand_on(config: settings.Config, run: Path, dev: "list[Sentence]", hub: str | None) -> None:
+    """Write what is made of a finished run, and upload it where a name on the hub was given."""
+    from ner import card, export, report
+    from ner import hub as model_hub
 
-    def rate_at(step: int) -> float:
-        """A straight line up, then one down that reaches 0 after the last step; steps count from 0, over all epochs."""
-        total, warmup = config.epochs * steps, round(config.epochs * steps * config.warmup_ratio)
-        share = (step + 1) / warmup if step < warmup else (total - step) / (total - warmup)
-        return config.learning_rate * share
-
-    with progress_bar(steps, shown=devices.is_main_process) as bar, checkpoint.Stop() as stop:
+    export.export_finished(run, config.export, dev)
+    for what, write in {"report": report.write, "model card": card.write_card}.items():
         try:
-            while at.epoch < config.epochs:
-                log.info("epoch %d begin", at.epoch + 1)
-                order = batches.shuffled(windows, size, seed=checkpoint.seed_of(config.seed, at.epoch))
-                bar.reset()
-                bar.update(at.step)
-                model.train()
-                with stop.patiently():
-                    while at.step < steps:
-                        begun, batch = time.perf_counter(), order[at.step]
-                        done = at.epoch * steps + at.step
-                        rate = rate_at(done)
-                        torch.manual_seed(checkpoint.seed_of(config.seed, done, devices.process_index))
-                        loss, asked = add_gradients(model, optimizer, batch, gold, tokenizer.pad_token_id or 0,
-                                                    devices, at, bool(stop.asked))  # fmt: skip
-                        norm = optimizer.step(rate, config.max_grad_norm) if math.isfinite(loss) else math.nan
-                        if not math.isfinite(loss) or (not math.isfinite(norm) and optimizer.scale == 1):
-                            raise UserError(not_finite(config, at, loss, norm, rate, corpus, batch))
-                        after_step(model, optimizer, done + 1, config.epochs * steps)
-                        if at.step in (0, (steps - 1) // 2, steps - 1):
-                            log.info("batch loss %f", loss)
-                        at.add(batch, loss, time.perf_counter() - begun)
-                        bar.update()
-                        if asked:
-                            raise KeyboardInterrupt
-                        if keeper.due():
-                            keeper.keep(at)
-
-                log.info("epoch average loss: %f", at.loss / at.units)
-                log.info("开始测试第%d轮模型效果：", at.epoch + 1)
-                with optimizer.using(optimizer.scored):
-                    scores, predicted, dev_loss = scoring.score_sentences(tagger, dev, devices)
-                log_scores(scores)
-                with stop.patiently():
-                    line, is_best = at.end_epoch(scores, dev_loss, rate_at(at.epoch * steps + steps - 1))
-                    log.info("epoch %d took %.1f seconds, %.0f tokens a second; dev loss %f%s", at.epoch,
-                             line["seconds"], line["tokens_per_second"], dev_loss,
-                             "; the best so far" if is_best else "")  # fmt: skip
-                    if not any(tag != "O" for tags in predicted for tag in tags):
-                        log.warning("%s", nothing_found(config, at.epoch * steps))
-                    keeper.keep(at, is_best)
-                    devices.log(checkpoint.flat(line), step=at.epoch)
-                if stop.asked and devices.num_processes == 1:  # several agree at the next step
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            if stop.twice:
-                raise
-            with stop.patiently():
-                keeper.keep(at)
-            log.info("stopped in epoch %d after %d of %d steps; go on with: python main.py --resume %s",
-                     at.epoch + 1, at.step, steps, run)  # fmt: skip
-            sys.exit(128 + (stop.asked or 2))
-    keeper.finish(at)
+            log.info("%s: %s", what, write(run))
+        except Exception as error:  # the run is whole without it
+            log.warning("no %s was written: %s: %s", what, type(error).__name__, error)
+    if hub:
+        log.info("uploaded: %s", model_hub.push(run, hub))
 
 
-def read_data(config, devices) -> tuple:
-    """The corpus to train on, dev and test sentences (None: no test); logs what is in them and what is odd about it."""
-    from ner import formats, survey
-    from ner.corpus import sample
-
-    paths = {part: path for part in ("train", "dev", "test") if (path := getattr(config, part))}
-    if any(path.startswith("data/msra/") and not settings.resolve_path(path) for path in paths.values()):
-        with devices.main_process_first():
-            from data import msra
-
-            msra.ensure(say=lambda line: log.info("%s", line))
-    corpora = {}
-    for part, path in paths.items():
-        corpora[part] = formats.read(path if path.startswith("hub:") else settings.resolve_path(path) or path, part)
-        log.info("%s: %s", part, corpora[part].describe())
-    corpus = corpora.pop("train")
-    kept = sample(corpus.sentences, config.max_train_sentences, config.seed)
-    if len(kept) < len(corpus.sentences):
-        log.info("train: %d of these sentences, a sample by the seed", len(kept))
-    if "dev" not in corpora:
-        held_out = sample(kept, max(1, len(kept) // 20), config.seed)
-        theirs = set(map(id, held_out))
-        kept = [sentence for sentence in kept if id(sentence) not in theirs] or kept
-        log.info("dev: no file, so 5%% of train, %d sentences, are held out by the seed", len(held_out))
-        corpora["dev"] = dataclasses.replace(corpus, path="the held-out sentences", sentences=held_out)
-    corpus = dataclasses.replace(corpus, sentences=kept)
-    for other in (corpus, *corpora.values()):
-        for warning in other.warnings() + (survey.compare(corpus, other) if other is not corpus else []):
-            log.warning("%s", warning)
-    return corpus, corpora["dev"].sentences, corpora["test"].sentences if "test" in corpora else None
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Replace a file by JSON, a line a row."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def not_finite(config, at, loss: float, norm: float, rate: float, corpus, batch: list) -> str:
-    """What to say of a step whose loss or gradient is not finite: all that is needed to look into it."""
-    lines = ", ".join(map(str, sorted({corpus.sentences[window.sentence].line for window in batch})))
-    return (f"{config.train}: epoch {at.epoch + 1}, step {at.step + 1}: the loss is {loss:g} and the gradient's norm "
-            f"{norm:g} at learning rate {rate:g}, in a batch of the sentences at lines {lines}; the last checkpoint is "
-            "whole; try a lower learning_rate, or precision fp32")  # fmt: skip
-
-
-def nothing_found(config, steps: int) -> str:
-    """What to say of an epoch after which no entity was predicted on dev."""
-    return "no entity at all was predicted on dev, every unit is tagged O; the likely cause: " + (
-        settings.rate_warning(config)
-        or f"{steps} steps at learning rate {config.learning_rate:g} were too few or too small"
-    )
+def discard_results(run: Path) -> None:
+    """Delete the scores of an earlier end of the run, which is to end otherwise now."""
+    if found := [name for name in RESULTS if (run / name).exists()]:
+        for name in found:
+            (run / name).unlink()
+        log.info("deleted, as the run goes on: %s", ", ".join(found))
 
 
 def log_scores(scores: dict) -> None:
+    """Log precision, recall and F1 of each type, and the two averages."""
     for name, row in scores["types"].items():
         log.info("%s类实体，准确率：%f, 召回率: %f, F1: %f", name, row["precision"], row["recall"], row["f1"])
     log.info("Macro-F1: %f", scores["macro"]["f1"])
@@ -216,46 +252,23 @@ def log_scores(scores: dict) -> None:
     log.info("-" * 20)
 
 
-@contextlib.contextmanager
-def progress_bar(steps: int, shown: bool):
-    """A bar over the steps of an epoch, with log lines above it; none where the output is no terminal."""
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
+def not_finite(
+    training: "Training", progress: "Progress", batch: "list[Window]", loss: float, norm: float, rate: float
+) -> str:
+    """Say of a step whose loss or gradient is not finite all that is needed to look into it."""
+    numbers = sorted({training.corpus.sentences[window.sentence].line for window in batch})
+    return (
+        f"{training.config.train}: epoch {progress.epoch + 1}, step {progress.step + 1}: the loss is {loss:g} and the "
+        f"gradient's norm {norm:g} at learning rate {rate:g}, in a batch of the sentences at lines "
+        f"{', '.join(map(str, numbers))}; the last checkpoint is whole; try a lower learning_rate, or precision fp32"
+    )
 
-    with tqdm(total=steps, disable=None if shown else True, leave=False, unit="step") as bar:
-        with contextlib.nullcontext() if bar.disable else logging_redirect_tqdm():
-            yield bar
 
-
-def finish(config, run: Path, devices, test: list | None, hub: str | None) -> None:
-    """Scores the best epoch on test as it was saved, and writes what the other commands read."""
-    from ner.tagging import Tagger
-
-    devices.wait_for_everyone()
-    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    best = max(history, key=lambda line: line["dev"]["micro"]["f1"])["epoch"]
-    written = {"finished.json": [{"best_epoch": best, "epochs": len(history)}]}
-    if test is not None:
-        log.info("开始测试第%d轮模型在测试集上的效果：", best)
-        scores, predicted, _ = scoring.score_sentences(Tagger.of(run, devices.device, config.precision), test, devices)
-        log_scores(scores)
-        rows = [{"chars": s.chars, "gold": s.tags, "predicted": tags} for s, tags in zip(test, predicted)]
-        written = {"predictions.jsonl": rows, "test.json": [scores]} | written
-    if devices.is_main_process:
-        for name, rows in written.items():
-            files.write(run / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        from ner import card, hub as model_hub
-        from ner import report
-
-        for what, write in {"report": report.write, "model card": card.write_card}.items():
-            try:
-                log.info("%s: %s", what, write(run))
-            except Exception as error:  # the run is whole without it
-                log.warning("no %s was written: %s: %s", what, type(error).__name__, error)
-        if hub:
-            log.info("uploaded: %s", model_hub.push(run, hub))
-    devices.end_training()
-    log.info("finished: %s", run)
+def nothing_predicted(config: settings.Config, steps: int) -> str:
+    """Say of an epoch after which no entity was predicted on dev what the likely cause is."""
+    cause = settings.rate_warning(config)
+    cause = cause or f"{steps} steps at learning rate {config.learning_rate:g} were too few or too small"
+    return f"no entity at all was predicted on dev, every unit is tagged O; the likely cause: {cause}"
 
 
 if __name__ == "__main__":

@@ -77,28 +77,6 @@ def trainable_line(model) -> str:
     return f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
 
 
-def after_step(model, step: int, steps: int) -> None:
-    """What a tuning wants done after each optimizer step; nothing but for adalora, which moves rank to where it counts.
-
-    step: from 1. steps: how many there will be. May be called after the gradients were cleared.
-    """
-    allocator = getattr(getattr(model, "base_model", None), "rankallocator", None)
-    if allocator is None:
-        return
-    settings = model.peft_config["default"]
-    settings.total_step, settings.tinit, settings.tfinal = steps, steps // 10, steps // 4
-    settings.deltaT = max(1, steps // 50)
-    if step > steps - settings.tfinal and not settings.rank_pattern:
-        return  # resumed past the last allocation: what it cut off has stayed 0
-    weights = [weight for weight in model.parameters() if getattr(weight, "last_grad", None) is not None]
-    kept = [weight.grad for weight in weights]
-    for weight in weights:
-        weight.grad = weight.last_grad
-    model.base_model.update_and_allocate(step)
-    for weight, grad in zip(weights, kept, strict=True):
-        weight.grad = grad
-
-
 def save(model, tokenizer, meta: dict, folder) -> None:
     """Writes the model to `folder`, whole or not at all; a model that was there is replaced.
 
@@ -169,15 +147,7 @@ def _tune(model, config):
     except (ValueError, KeyError) as error:
         kind = model.config.model_type
         raise UserError(f"tuning {config.tuning} does not fit {kind} encoders: {encoder.first_line(error)}") from None
-    if config.tuning == "adalora":
-        for name, weight in model.named_parameters():
-            if weight.requires_grad and "lora_" in name:
-                weight.register_post_accumulate_grad_hook(_keep_grad)
     return _cut_virtual(model)
-
-
-def _keep_grad(weight) -> None:
-    weight.last_grad = weight.grad
 
 
 def _cut_virtual(model):

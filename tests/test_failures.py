@@ -81,7 +81,7 @@ def graded(monkeypatch):
     monkeypatch.setattr(scoring, "score_sentences", score_sentences)
 
 
-@pytest.mark.parametrize(("where", "name"), [(checkpoint, "save"), (models, "save"), (checkpoint, "write")])
+@pytest.mark.parametrize(("where", "name"), [(checkpoint, "save"), (models, "save"), (checkpoint, "write_text")])
 def test_one_full_disk_is_survived_and_nothing_is_lost(tmp_path, monkeypatch, graded, where, name):
     main.main(runs.argv(tmp_path, run="whole", epochs=4))
     with monkeypatch.context() as patched:
@@ -109,7 +109,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_the_last_checkpoint_is_whole(tm
 
 
 def test_curves_that_can_never_be_written_end_the_run_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "write", failing(checkpoint.write, range(100)))
+    monkeypatch.setattr(checkpoint, "write_text", failing(checkpoint.write_text, range(100)))
     assert ended(runs.argv(tmp_path, epochs=4)) == 2
     assert "metrics.jsonl" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "run")[1].epoch == 2, "what could be written was"
@@ -126,14 +126,14 @@ def test_after_the_last_epoch_it_is_tried_once_more(tmp_path, monkeypatch, which
 def test_a_folder_that_goes_away_in_mid_run_is_named(tmp_path, monkeypatch, capsys, how):
     run = tmp_path / "run"
 
-    def keep(self, progress, is_best=False, real=checkpoint.Keeper.keep):
+    def save(self, progress, is_best=False, real=checkpoint.Checkpoints.save):
         if progress.epoch == 2:
             shutil.rmtree(run if how == "deleted" else run / "checkpoint", ignore_errors=True)
             if how == "a file":
                 (run / "checkpoint").write_text("")
         real(self, progress, is_best)
 
-    monkeypatch.setattr(checkpoint.Keeper, "keep", keep)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
     assert ended(runs.argv(tmp_path, epochs=4)) == 2
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {run}") and output.err.count("\n") == 1
@@ -261,7 +261,7 @@ def test_two_runs_of_one_name_share_nothing(tmp_path):
     assert lines(tmp_path / "run") != lines(tmp_path / "run-2")
 
 
-@pytest.mark.parametrize(("room", "name"), [("ner.report", "write"), ("ner.export", "write_card")])
+@pytest.mark.parametrize(("room", "name"), [("ner.report", "write"), ("ner.card", "write_card")])
 def test_a_report_or_a_card_that_fails_loses_no_run(tmp_path, monkeypatch, room, name):
     def write(_):
         raise ValueError("no page today")

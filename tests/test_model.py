@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from ner import config
+from ner import adalora, config
 from ner import encoder
 from ner import meta as meta_file
 from ner import model
@@ -81,9 +81,10 @@ def train(network, steps=6):
     for step in range(1, steps + 1):
         loss, count = model.loss_sum(network(**inputs).logits, labels)
         (loss / count).backward()
+        gradients = adalora.gradients(network)
         optimizer.step()
         optimizer.zero_grad()
-        model.after_step(network, step, steps)
+        adalora.after_step(network, step, steps, gradients)
         losses.append(loss.item() / count)
     return losses
 

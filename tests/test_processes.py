@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ner import checkpoint
 import main
 from ner.errors import UserError
+from ner.progress import seed_of
 
 
 def pair(arguments) -> list[runs.Process]:
@@ -128,7 +129,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step(two, tmp_path):
 
 def test_dropout_differs_between_processes(tmp_path):
     """Else both would drop the same units, and two shares would teach less than they could."""
-    seeds = {checkpoint.seed_of(1, step, rank) for step in range(100) for rank in range(4)}
+    seeds = {seed_of(1, step, rank) for step in range(100) for rank in range(4)}
     assert len(seeds) == 400
 
 

@@ -46,11 +46,11 @@ def test_small_steps_add_up_in_bfloat16():
 def test_float16_leaves_out_a_step_that_overflows():
     model = nn.Linear(2, 1, bias=False).to(torch.float16)
     optimizer = Optimizer(model, 0.1, 0.0)
-    before, scale = model.weight.clone(), optimizer.scale
+    before, scale = model.weight.clone(), optimizer.scale.value
     optimizer.backward(model(torch.full((1, 2), 100.0, dtype=torch.float16)).float().sum() * 1000)
     optimizer.step(0.1, 1.0)
-    assert torch.equal(model.weight, before) and optimizer.scale == scale / 2
-    optimizer.scale = 1.5
+    assert torch.equal(model.weight, before) and optimizer.scale.value == scale / 2
+    optimizer.scale.value = 1.5
     optimizer.backward(model(torch.ones(1, 2, dtype=torch.float16)).float().sum())
     optimizer.step(0.1, 1.0)
     assert not torch.equal(model.weight, before)

@@ -1,0 +1,160 @@
+"""What main.py's loop works on: a tuned model, its optimizer, and the windows of the training sentences in their steps."""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ner import adalora, batches, kernels
+from ner import model as models
+from ner.config import Config, dump, rate_warning
+from ner.corpus import Corpus, label_list
+from ner.files import write_text
+from ner.optimizer import Optimizer
+from ner.precision import choose_dtype
+from ner.progress import TimeLeft, digest, seed_of, tokens_of
+from ner.run import environment
+from ner.tagging import Tagger
+from ner.windows import Window
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("__main__")
+
+
+@dataclasses.dataclass
+class Training:
+    """Built by build(). Steps count from 0, over all epochs."""
+
+    config: Config
+    accelerator: "Accelerator"
+    corpus: Corpus
+    model: nn.Module
+    tokenizer: "PreTrainedTokenizerBase"
+    meta: dict  # what ner.json will hold
+    optimizer: Optimizer
+    tagger: Tagger  # tags dev with the model as it is
+    windows: list[Window]
+    gold: list[list[int]]  # the label indices of each sentence
+    windows_a_step: int  # however many processes and passes share them
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What is trained on, for checkpoints: sentences, labels and steps."""
+        return digest(self.corpus.sentences, self.meta["labels"], self.steps_an_epoch)
+
+    @functools.cached_property
+    def time_left(self) -> TimeLeft:
+        """Says how long the run will take."""
+        return TimeLeft(tokens_of(self.windows), self.config.epochs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return math.ceil(len(self.windows) / self.windows_a_step)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.config.epochs * self.steps_an_epoch
+
+    def batches_of(self, epoch: int) -> list[list[Window]]:
+        """Return the batches of an epoch (from 0), one a step, mixed by the run's seed and the epoch."""
+        return batches.shuffled(self.windows, self.windows_a_step, seed=seed_of(self.config.seed, epoch))
+
+    def collate(self, windows: list[Window]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the model's inputs and the labels, int64 [windows, length] each, on its device."""
+        tensors = batches.collate(windows, self.tagger.pad_id, self.gold)
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return tensors, tensors.pop("labels")
+
+    def learning_rate(self, step: int) -> float:
+        """Return a straight line up while warming up, then one down that reaches 0 after the last step."""
+        warmup = round(self.steps * self.config.warmup_ratio)
+        share = (step + 1) / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
+        return self.config.learning_rate * share
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model with the weights that it has now, whole or not at all."""
+        models.save(self.model, self.tokenizer, self.meta, folder)
+
+
+def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path | None = None) -> Training:
+    """Build all that is needed to train on `corpus`, with new weights drawn by config.seed; log what was chosen.
+
+    run: the folder to describe this in, by the process that writes there. Raises UserError.
+    """
+    device, labels = accelerator.device, label_list(corpus.sentences)
+    dtype, reason = choose_dtype(config.precision, device)
+    log.info("device %s, %d process(es), %d thread(s)", device, accelerator.num_processes, torch.get_num_threads())
+    log.info("precision %s: %s", str(dtype).removeprefix("torch."), reason)
+    if warning := rate_warning(config):
+        log.warning("%s", warning)
+    if run:
+        describe(config, run, accelerator, dtype)
+    torch.manual_seed(config.seed)
+    attention = kernels.attention_implementation(device, config.kernels)
+    model, tokenizer, meta = models.build(config, labels, corpus.unit, attention)
+    log.info("labels: %s", " ".join(labels))
+    log.info("%s", models.trainable_line(model))
+    kernels.prepare(model, dtype, device, config.kernels)
+    tagger = Tagger(model, tokenizer, meta)
+    label2id = {label: index for index, label in enumerate(labels)}
+    training = Training(
+        config=config,
+        accelerator=accelerator,
+        corpus=corpus,
+        model=model,
+        tokenizer=tokenizer,
+        meta=meta,
+        optimizer=build_optimizer(config, model),
+        tagger=tagger,
+        windows=tagger.windower.windows([sentence.chars for sentence in corpus.sentences]),
+        gold=[[label2id[tag] for tag in sentence.tags] for sentence in corpus.sentences],
+        windows_a_step=config.batch_size * config.accumulation * accelerator.num_processes,
+    )
+    log.info(
+        "%d windows of at most %d tokens, %d in a step, %d steps an epoch; %s at learning rate %g",
+        len(training.windows),
+        meta["max_length"],
+        training.windows_a_step,
+        training.steps_an_epoch,
+        config.tuning,
+        config.learning_rate,
+    )
+    return training
+
+
+def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """Return the optimizer of a model that kernels.prepare() has put into its type and place."""
+    return Optimizer(
+        model,
+        config.learning_rate,
+        config.weight_decay,
+        config.averaging,
+        head=models.head_weights(model),
+        head_factor=config.head_factor,
+        masked=adalora.masked_weights(model),
+    )
+
+
+def describe(config: Config, run: Path, accelerator: "Accelerator", dtype: torch.dtype) -> None:
+    """Write config.yaml and environment.json of a run, and start its trackers."""
+    if accelerator.is_main_process:
+        write_text(run / "config.yaml", dump(config))
+        write_text(run / "environment.json", json.dumps(environment(accelerator, dtype), indent=1) + "\n")
+    if config.trackers:
+        accelerator.project_configuration.logging_dir = str(run)
+        accelerator.init_trackers("ner", {key: str(value) for key, value in config.model_dump().items()})
