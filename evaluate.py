@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ner.errors import UserError, command
+from ner.files import write_text
 from ner.paths import resolve_path
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     print(text if only_json else table(scores) + "\n", end="")
     if options.json and not only_json:
         try:
-            Path(options.json).write_text(text, encoding="utf-8")
+            write_text(options.json, text)
         except OSError as error:
             raise UserError(f"--json {options.json}: cannot be written: {error.strerror}") from None
 

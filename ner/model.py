@@ -12,12 +12,11 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
-from ner import encoder
+from ner import encoder, files
 from ner.config import ROOT
 from ner.errors import UserError
 from ner.meta import model_folder, read_meta, write_meta
@@ -84,11 +83,10 @@ def save(model, tokenizer, meta: dict, folder) -> None:
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(f".{folder.name}.saving-*"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
+    files.remove_leftovers(folder)
+    fresh = files.temporary_path(folder)
+    fresh.mkdir()
     try:
-        fresh.chmod(0o777 & ~_umask())
         with encoder.quiet():
             if hasattr(model, "peft_config"):
                 _save_adapter(model, meta, fresh, folder)
@@ -99,15 +97,7 @@ def save(model, tokenizer, meta: dict, folder) -> None:
         for path in fresh.rglob("*"):
             if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
                 path.chmod(0o666 & ~_umask())  # safetensors' are for their owner alone
-                with open(path, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if folder.exists():  # a folder cannot be replaced in one step: between the two, the old one lies beside
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.saving-", dir=folder.parent))
-            os.rename(folder, old / folder.name)
-            os.rename(fresh, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(fresh, folder)
+        files.replace_folder(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

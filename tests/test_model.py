@@ -17,6 +17,7 @@ import torch
 
 from ner import adalora, config
 from ner import encoder
+from ner import files
 from ner import meta as meta_file
 from ner import model
 from ner.errors import UserError
@@ -286,6 +287,23 @@ def test_links_fall_back_where_the_disk_has_none(encoders, tmp_path, monkeypatch
     torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
 
 
+def test_a_model_that_cannot_be_put_in_place_leaves_the_old_one_there(encoders, tmp_path, monkeypatch):
+    made = built(encoders["bert"], "--tuning", "full")
+    model.save(*made, tmp_path / "model")
+    before, real = (tmp_path / "model" / "model.safetensors").read_bytes(), os.rename
+
+    def rename(source, target):
+        if ".writing-" in Path(source).name:
+            raise PermissionError(13, "Permission denied", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(PermissionError, match=f"{tmp_path / 'model'}"):
+        model.save(*made, tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
 def test_a_failed_save_leaves_the_old_model_whole(encoders, tmp_path, monkeypatch):
     network, tokenizer, meta = built(encoders["bert"])
     model.save(network, tokenizer, meta, tmp_path / "model")
@@ -296,7 +314,7 @@ def test_a_failed_save_leaves_the_old_model_whole(encoders, tmp_path, monkeypatc
     assert {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()} == before
     assert os.listdir(tmp_path) == ["model"]
     monkeypatch.undo()
-    (tmp_path / ".model.saving-killed").mkdir()
+    files.temporary_path(tmp_path / "model").mkdir()
     model.save(network, tokenizer, meta, tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"], "what a killed process left is swept up"
 
