@@ -60,7 +60,8 @@ def read_text(path: str) -> str:
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a tagged file") from None
+        gone = "; a pipe of another command cannot be read again" if path.startswith(("/dev/fd/", "/proc/")) else ""
+        raise UserError(f"{path}: no such file{gone}; give the path of a tagged file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     text = _decode(path, data)
