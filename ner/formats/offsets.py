@@ -6,7 +6,7 @@ One record a line (JSON Lines), or one array of records.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ner.corpus import Corpus, Sentence
@@ -17,11 +17,12 @@ from ner.formats.source import Source, first_line, quote
 
 EXAMPLE = '{"text": "…", "label": [[0, 3, "PER"]]}'
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-BLANK = re.compile(r"\s*")
+BLANK = re.compile(r"[ \t\r\n]*")
 NOTES = {
-    "unlabelled": "{count:,} tasks without an annotation left out",
-    "several": "{count:,} tasks with several annotations: the ground truth, or else the first, is taken",
-    "predictions": "{count:,} tasks hold predictions and no annotations: the predictions are taken for the truth",
+    "unlabelled": "tasks without an annotation, left out: {count:,}",
+    "unnamed": "spans without a label, left out: {count:,}",
+    "several": "tasks with several annotations, of which the ground truth or else the first is taken: {count:,}",
+    "predictions": "tasks with predictions and no annotations; the predictions are taken for the truth: {count:,}",
 }
 
 
@@ -35,11 +36,11 @@ class Entity(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A text with its entities, and a key of NOTES where there is something to be told of it."""
+    """A text with its entities, and keys of NOTES for what should be told of it."""
 
     text: str
     entities: list[Entity]
-    note: str = ""
+    notes: Sequence[str] = ()
 
 
 class Unreadable(Exception):
@@ -70,8 +71,7 @@ def read(source: Source) -> Corpus:
             entities = [_checked(record.text, entity) for entity in record.entities]
         except Unreadable as error:
             raise UserError(f"{source.path}:{line}: {error}") from None
-        if record.note:
-            notes[record.note] += 1
+        notes.update(record.notes)
         tags, overlapping = paint(len(record.text), entities)
         skipped += overlapping
         if record.text:
@@ -178,13 +178,17 @@ def _task(text: str, task: dict) -> Record | None:
     result = chosen.get("result")
     if not isinstance(result, list):
         raise Unreadable(f'no "result" in {_show(chosen)}; expected a list of labelled spans')
+    notes = ["predictions"] if key == "predictions" else ["several"] if len(choices) > 1 else []
     entities = []
     for item in result:
         value = item.get("value") if isinstance(item, dict) else None
-        if isinstance(value, dict) and ("labels" in value or "hypertextlabels" in value):  # no relation, no choice
-            entities += _entities(value)
-    note = "predictions" if key == "predictions" else "several" if len(choices) > 1 else ""
-    return Record(text, [_in_characters(text, entity) for entity in entities], note)
+        if not isinstance(value, dict):  # a relation
+            continue
+        if "labels" in value or "hypertextlabels" in value:
+            entities += [_in_characters(text, entity) for entity in _entities(value)]
+        elif "start" in value:  # no choice for the whole text, but a span
+            notes.append("unnamed")
+    return Record(text, entities, notes)
 
 
 def _entities(item: Any) -> list[Entity]:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from ner import decoding, formats
 from ner.errors import UserError
-from ner.formats.source import read_text
+from ner.formats import columns
+from ner.formats.source import Source, read_text
 
 CASES = int(os.environ.get("FUZZ_CASES", "400"))
 NER_DATA = Path(__file__).resolve().parents[2] / "shared" / "ner_data"
@@ -32,7 +33,7 @@ PREFIXES = "BIESMLU"
 def originals() -> list[bytes]:
     """Healthy files of every format, and a real one where it lies beside the project."""
     made = tiny.sentences(30, seed=5)
-    lines = [[f"{char} {tag}" for char, tag in zip(*sentence)] for sentence in made]
+    lines = [[f"{char} {tag}" for char, tag in zip(*sentence, strict=True)] for sentence in made]
     bio = "\n\n".join("\n".join(block) for block in lines) + "\n"
     last = re.compile(r"I-(\w+)\n(?!.* I-)")
     bmes = re.sub(r"B-(\w+)\n(?!.* I-)", r"S-\1\n", last.sub(r"E-\1\n", bio)).replace(" I-", " M-")
@@ -44,6 +45,15 @@ def originals() -> list[bytes]:
         {"text": record["text"], "label": {kind: {record["text"][s:e]: [[s, e - 1]]} for s, e, kind in record["label"]}}
         for record in offsets
     ]
+    tasks = [
+        {
+            "data": {"text": record["text"]},
+            "annotations": [
+                {"result": [{"value": {"start": s, "end": e, "labels": [kind]}} for s, e, kind in record["label"]]}
+            ],
+        }
+        for record in offsets
+    ]
     files = [
         bio,
         bio.replace("\n", "\r\n").replace(" ", "\t"),
@@ -51,6 +61,9 @@ def originals() -> list[bytes]:
         bmes.replace("E-", "L-").replace("S-", "U-").replace("M-", "I-"),
         conll,
         *("\n".join(json.dumps(record, ensure_ascii=False) for record in records) for records in (offsets, cluener)),
+        json.dumps(offsets, ensure_ascii=False, indent=1),
+        json.dumps(tasks, ensure_ascii=False),
+        "token,tag\n" + bio.replace(" ", ","),
     ]
     encoded = [file.encode() for file in files] + [
         bio.encode("gb18030"),
@@ -222,6 +235,45 @@ def no_hang():
         signal.signal(signal.SIGALRM, before)
 
 
+def check_counts_of_offsets(corpus, text):
+    """Every character of every text is there, and every entity is there or counted as skipped."""
+    records = (
+        json.loads(text.strip()) if text.lstrip()[0] == "[" else [json.loads(s) for s in text.split("\n") if s.strip()]
+    )
+    characters = entities = 0
+    for record in records:
+        if "data" in record and "annotations" in record:
+            if not record["annotations"]:
+                continue
+            named = [item for item in record["annotations"][0]["result"] if "labels" in item.get("value", ())]
+            (task_text,) = record["data"].values()  # under whatever name the damage has left
+            record = {"text": task_text, "label": named}
+        label = record["label"]
+        characters += len(record["text"])
+        if isinstance(label, dict):
+            entities += sum(len(places) for names in label.values() for places in names.values())
+        else:
+            entities += len(label)
+    assert corpus.characters == characters
+    assert corpus.entities().total() + corpus.skipped == entities
+
+
+def check_counts_of_columns(corpus, lines):
+    """Every line that holds a token is there, with a tag that is O where the file says O."""
+    fields = [
+        [part for part in line.replace("\t", " ").split(" ") if part.strip("\r")] for line in lines if line.strip()
+    ]
+    fields = [
+        parts
+        for parts in fields
+        if parts[0] != "-DOCSTART-" and not (parts[0] == "#" and len(parts) > 2 and parts[-1][1:2] != "-")
+    ]
+    assert corpus.characters == len(fields), "characters in = characters out"
+    tagged = [parts[-1].strip("\r") for parts in fields if parts[-1].strip("\r") != "O"]
+    assert sum(tag != "O" for sentence in corpus.sentences for tag in sentence.tags) == len(tagged)
+    assert corpus.entities().total() >= sum(tag[0] in "BSU" for tag in tagged), "each beginning is an entity"
+
+
 def check(path: str) -> bool:
     """Reads one file and checks everything that must hold of the outcome; True if it was taken."""
     try:
@@ -242,33 +294,9 @@ def check(path: str) -> bool:
         for before, tag in itertools.pairwise(["O", *sentence.tags]):
             assert tag == "O" or tag[:2] == "B-" or tag[:2] == "I-" and before[1:] == tag[1:], "well-formed IOB2"
     if corpus.scheme == "offsets":
-        records = [json.loads(line) for line in lines if line.strip()]
-        assert corpus.characters == sum(len(record["text"]) for record in records)
-        assert corpus.entities().total() + corpus.skipped == sum(
-            sum(len(places) for names in found.values() for places in names.values())
-            if isinstance(found, dict)
-            else len(found)
-            for found in (record["label"] for record in records)
-        )
-    else:
-        fields = [
-            line.split(" ") if "\t" not in line else line.replace("\t", " ").split(" ")
-            for line in lines
-            if line.strip()
-        ]
-        fields = [[part for part in parts if part.strip("\r")] for parts in fields]
-        fields = [
-            parts
-            for parts in fields
-            if parts[0] != "-DOCSTART-" and not (parts[0] == "#" and len(parts) > 2 and parts[-1][1:2] != "-")
-        ]
-        assert corpus.characters == len(fields), "characters in = characters out"
-        assert sum(tag != "O" for s in corpus.sentences for tag in s.tags) == sum(
-            parts[-1].strip("\r") != "O" for parts in fields
-        )
-        assert corpus.entities().total() >= sum(parts[-1][0] in "BSU" for parts in fields), (
-            "each beginning is an entity"
-        )
+        check_counts_of_offsets(corpus, text)
+    elif not columns.has_header(Source(path)) and not corpus.notes:  # no CSV, no words that became characters
+        check_counts_of_columns(corpus, lines)
     assert corpus.entities().total() == sum(len(decoding.spans(sentence.tags)) for sentence in corpus.sentences)
     return True
 
@@ -279,7 +307,7 @@ def test_healthy_files_are_taken(tmp_path):
         (tmp_path / "file").write_bytes(data)
         assert check(str(tmp_path / "file")), number
         schemes.append(formats.read(str(tmp_path / "file")).scheme)
-    assert schemes[:8] == ["BIO", "BIO", "BMES", "BILOU", "BIO", "offsets", "offsets", "BIO"]
+    assert schemes[:10] == ["BIO", "BIO", "BMES", "BILOU", "BIO", *["offsets"] * 4, "BIO"]
 
 
 def test_seeded_mutator(tmp_path, capsys):
