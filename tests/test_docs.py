@@ -44,7 +44,7 @@ def commands(text: str) -> list[list[str]]:
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
     for cell in re.findall(r"^\| (`.*?) \|", text, re.M):
         whole = re.findall(r"`(.*?)`", cell)
-        script = " ".join(whole[0].split()[:2])
+        script = re.match(r"python (-m )?\S+", whole[0])[0]
         lines += [part.replace("…", script, 1) if part.startswith("…") else part for part in whole]
     return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "python"]
 
