@@ -156,8 +156,9 @@ def _run_to_resume(resume: str, options: dict[str, str], default: Path) -> Path:
         return max(checkpoints, key=lambda path: path.stat().st_mtime).parent
     run = Path(expand_home(resume))
     try:
-        if (run / "config.yaml").is_file():
-            return run
+        for folder in (run, ROOT / run):
+            if (folder / "config.yaml").is_file():
+                return folder
     except OSError as error:  # a folder that may not be entered
         raise UserError(f"--resume {run.absolute()}: cannot be read: {error.strerror}") from None
     raise UserError(f"--resume {resume}: expected the folder of a run, which holds a config.yaml")

@@ -146,7 +146,3 @@ def _temporaries(target: Path, kind: str) -> list[Path]:
     with contextlib.suppress(OSError):
         return [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
     return []
-
-
-# The old name, until every room calls write_text.
-write = write_text

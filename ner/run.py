@@ -39,11 +39,6 @@ def new_run(output: str | os.PathLike, name: str | None) -> Path:
     raise UserError(f"{wanted}: there are too many runs of that name; name another with --run")
 
 
-def portable(config: settings.Config) -> settings.Config:
-    """Return the config itself: its paths are absolute since it was loaded. To be removed with its last call."""
-    return config
-
-
 def check_same(config: settings.Config, run: Path) -> None:
     """Compare a config with that of the run it is to go on with. Raises UserError naming keys that may not differ."""
     saved = settings.load_run(run)

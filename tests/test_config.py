@@ -386,6 +386,11 @@ def test_a_run_names_what_lies_in_the_project_from_there(tmp_path, monkeypatch):
     assert mine == str(tmp_path / "data" / "encoder"), "the command line is read from where the user stands"
 
 
+def test_a_run_in_the_project_goes_on_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.load(["--resume", "tests/saved_runs/lora"])[1].resume == str(config.ROOT / "tests/saved_runs/lora")
+
+
 def test_the_home_folder_is_known_everywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "train").write_text("")
