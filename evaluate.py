@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Score the run that the command line names and print the table, or write JSON."""
     options = _parser().parse_args(argv)
+    from ner.corpus import check_unit
     from ner.scores import newest_run, score_sentences, table
 
     run = Path(options.run) if options.run else newest_run()
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if not only_json:
         print(f"run {run}\n{corpus.describe()}")
     tagger = _tagger(run, config)
+    check_unit(corpus, tagger.unit, str(run))
     _warn_of_unknown_types(corpus, tagger)
     scores, predicted, _ = score_sentences(tagger, corpus.sentences)
     _warn_of_orphans(predicted)

@@ -51,6 +51,13 @@ def test_other_data_is_scored_and_unknown_types_are_named(run, tmp_path, capsys)
     assert "GPE" in capsys.readouterr().err
 
 
+def test_data_of_another_unit_is_refused(run, tmp_path, capsys):
+    (tmp_path / "words").write_text("John B-PER\nlives O\nhere O\n", "utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--run", str(run), "--data", str(tmp_path / "words")])
+    assert stopped.value.code == 2 and "words: its lines hold words" in capsys.readouterr().err
+
+
 def test_the_run_is_found_and_scored_from_another_folder(run):
     done = subprocess.run(
         [sys.executable, str(runs.ROOT / "evaluate.py"), "--run", run, "--json", "-"],
