@@ -193,6 +193,28 @@ def test_paths_in_documents_exist(file):
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def missing_tests(text: str) -> list[str]:
+    """Return what a list of tests names and tests/ does not have: `test_file`, or `test_file: test_name…`."""
+    there = {file.stem: re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.M) for file in ROOT.glob("tests/*.py")}
+    missing = []
+    for file, names in re.findall(r"\b(test_\w+)((?:(?:: |, )`test_\w+…?`)*)", text):
+        if file not in there:
+            missing.append(file)
+        for name, more in re.findall(r"`(test_\w+)(…?)`", names):
+            if not any(test == name or (more and test.startswith(name)) for test in there.get(file, [])):
+                missing.append(f"{file}: {name}")
+    return missing
+
+
+def test_the_tests_that_are_named_exist():
+    assert missing_tests((ROOT / "tests/README.md").read_text("utf-8")) == []
+
+
+def test_a_test_that_is_gone_is_seen():
+    text = "| a | test_docs: `test_quick_start`, `test_gone…` | test_nothing |"
+    assert missing_tests(text) == ["test_docs: test_gone", "test_nothing"]
+
+
 # Tables
 
 
