@@ -195,7 +195,9 @@ def test_paths_in_documents_exist(file):
 
 def missing_tests(text: str) -> list[str]:
     """Return what a list of tests names and tests/ does not have: `test_file`, or `test_file: test_name…`."""
-    there = {file.stem: re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.M) for file in ROOT.glob("tests/*.py")}
+    there = {
+        file.stem: re.findall(r"^def (test_\w+)", file.read_text("utf-8"), re.M) for file in ROOT.glob("tests/*.py")
+    }
     missing = []
     for file, names in re.findall(r"\b(test_\w+)((?:(?:: |, )`test_\w+…?`)*)", text):
         if file not in there:
