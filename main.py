@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ner import config as settings
-from ner import files
-from ner import files
-from ner import files
 from ner import run as folder
 from ner import scores as scoring
 from ner.errors import UserError, command
@@ -149,14 +146,15 @@ def forward_backward(training: "Training", share: "list[Window]", units: int, mi
     """Add the gradient of the loss of `share`, divided by `units`. Return the loss, summed: a float32 scalar."""
     import torch
 
-    from ner import model as models
-
     total = torch.zeros((), device=training.device)
     for start in range(0, len(share), micro_batch):
         inputs, labels = training.collate(share[start : start + micro_batch])
-        logits = training.model(**inputs).logits
-        loss, _ = models.loss_sum(logits, labels)
+        loss = training.loss(training.model(**inputs).logits, labels)
         training.optimizer.backward(loss / units)
+        if training.adversary:
+            with training.adversary.moved():
+                moved_loss = training.loss(training.model(**inputs).logits, labels)
+                training.optimizer.backward(moved_loss / units)
         total += loss.detach()
     return total
 
@@ -165,10 +163,10 @@ def score_epoch(
     training: "Training", dev: "list[Sentence]", progress: "Progress", checkpoints: "Checkpoints", stop: "Stop"
 ) -> None:
     """Score the epoch on dev, keep it where it is the best, and go to the next; do nothing where a signal comes."""
-    accelerator, optimizer, steps = training.accelerator, training.optimizer, training.steps_an_epoch
+    accelerator, steps = training.accelerator, training.steps_an_epoch
     log.info("epoch average loss: %f", progress.loss / progress.units)
     log.info("开始测试第%d轮模型效果：", progress.epoch + 1)
-    with optimizer.using(optimizer.scored):
+    with training.scored_weights():
         result = stop.break_off(lambda: scoring.score_sentences(training.tagger, dev, accelerator))
     if result is None:
         return

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -59,29 +59,33 @@ class Optimizer:
         head: Collection[str] = (),
         head_factor: float = 1.0,
         masked: Collection[str] = (),
+        beside: Mapping[str, nn.Parameter] | None = None,
+        beside_rate: float | None = None,
     ):
         """Take all weights of `model` that require gradients.
 
         head: names of weights whose learning rate is `head_factor` times that of the others. masked: names of weights
-        whose zeros are masks, and so are zeros of the average too.
+        whose zeros are masks, and so are zeros of the average too. beside: weights that are trained beside the model,
+        by name, at the peak learning rate `beside_rate` and without weight decay.
         """
-        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        beside = dict(beside or {})
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad} | beside
         self.masters = {name: _float32(weight) for name, weight in self.weights.items()}
         self.averaging = averaging
         self.scored = {name: w.detach().clone() for name, w in self.masters.items()} if averaging else self.masters
         self.masked = masked
         self.scale = LossScale(any(weight.dtype == torch.float16 for weight in self.weights.values()))
-        groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
+        groups: dict[tuple[float, float], list[torch.Tensor]] = {}  # (factor of the learning rate, weight decay)
         for name, weight in self.masters.items():
-            groups.setdefault((name in head, weight.ndim > 1), []).append(weight)
+            if name in beside:
+                key = (learning_rate if beside_rate is None else beside_rate) / learning_rate, 0.0
+            else:
+                key = head_factor if name in head else 1.0, weight_decay if weight.ndim > 1 else 0.0
+            groups.setdefault(key, []).append(weight)
         self.adamw = torch.optim.AdamW(
             [
-                {
-                    "params": weights,
-                    "weight_decay": weight_decay if is_matrix else 0.0,
-                    "factor": head_factor if is_head else 1.0,
-                }
-                for (is_head, is_matrix), weights in groups.items()
+                {"params": weights, "weight_decay": decay, "factor": factor}
+                for (factor, decay), weights in groups.items()
             ],
             lr=learning_rate,
             fused=True,

@@ -1,10 +1,12 @@
-"""What main.py's loop works on: a tuned model, its optimizer, and the windows of the training sentences in their steps."""
+"""What main.py's loop works on: a tuned model, its optimizer, its loss, and the training windows in their steps."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,12 @@ from torch import nn
 
 from ner import adalora, batches, kernels
 from ner import model as models
+from ner.adversarial import FastGradient
 from ner.config import Config, dump, rate_warning
 from ner.corpus import Corpus, label_list
+from ner.crf import Crf
 from ner.files import write_text
+from ner.losses import Loss, loss_function
 from ner.optimizer import Optimizer
 from ner.precision import choose_dtype
 from ner.progress import TimeLeft, digest, seed_of, tokens_of
@@ -45,6 +50,9 @@ class Training:
     windows: list[Window]
     gold: list[list[int]]  # the label indices of each sentence
     windows_a_step: int  # however many processes and passes share them
+    loss: Loss  # (logits, labels) -> the summed loss
+    crf: Crf | None = None  # where it is the loss
+    adversary: FastGradient | None = None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -86,9 +94,17 @@ class Training:
         share = (step + 1) / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
         return self.config.learning_rate * share
 
+    @contextlib.contextmanager
+    def scored_weights(self) -> Iterator[None]:
+        """Have model and tagger compute with the weights that an epoch is judged by and that are saved."""
+        with self.optimizer.using(self.optimizer.scored):
+            self.tagger.transitions = self.crf.numpy() if self.crf else None
+            yield
+
     def save_model(self, folder: Path) -> None:
         """Write the model with the weights that it has now, whole or not at all."""
-        models.save(self.model, self.tokenizer, self.meta, folder)
+        transitions = {"transitions": self.crf.numpy()} if self.crf else {}
+        models.save(self.model, self.tokenizer, self.meta | transitions, folder)
 
 
 def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path | None = None) -> Training:
@@ -111,6 +127,7 @@ def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path 
     log.info("%s", models.trainable_line(model))
     kernels.prepare(model, dtype, device, config.kernels)
     tagger = Tagger(model, tokenizer, meta)
+    crf = Crf(labels).to(device) if config.head == "crf" else None
     label2id = {label: index for index, label in enumerate(labels)}
     training = Training(
         config=config,
@@ -119,11 +136,14 @@ def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path 
         model=model,
         tokenizer=tokenizer,
         meta=meta,
-        optimizer=build_optimizer(config, model),
+        optimizer=build_optimizer(config, model, crf),
         tagger=tagger,
         windows=tagger.windower.windows([sentence.chars for sentence in corpus.sentences]),
         gold=[[label2id[tag] for tag in sentence.tags] for sentence in corpus.sentences],
         windows_a_step=config.batch_size * config.accumulation * accelerator.num_processes,
+        loss=crf or loss_function(config.loss, config.label_smoothing),
+        crf=crf,
+        adversary=FastGradient(model, config.adversarial_epsilon) if config.adversarial == "fgm" else None,
     )
     log.info(
         "%d windows of at most %d tokens, %d in a step, %d steps an epoch; %s at learning rate %g",
@@ -137,8 +157,8 @@ def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path 
     return training
 
 
-def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """Return the optimizer of a model that kernels.prepare() has put into its type and place."""
+def build_optimizer(config: Config, model: nn.Module, crf: Crf | None = None) -> Optimizer:
+    """Return the optimizer of a model that kernels.prepare() has put into its type and place, and of its CRF."""
     return Optimizer(
         model,
         config.learning_rate,
@@ -147,6 +167,8 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
         head=models.head_weights(model),
         head_factor=config.head_factor,
         masked=adalora.masked_weights(model),
+        beside={"crf.transitions": crf.transitions} if crf else {},
+        beside_rate=config.crf_learning_rate,
     )
 
 

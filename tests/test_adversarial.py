@@ -1,9 +1,13 @@
 """The fast gradient method: how embeddings are moved, with trained and with frozen ones, with every kind of tuning."""
 
+import json
+
 import pytest
+import runs
 import torch
 from torch import nn
 
+import main
 from ner.adversarial import FastGradient
 
 
@@ -75,3 +79,19 @@ def test_closed_it_is_gone():
     model = Model(frozen=True)
     FastGradient(model, epsilon=0.5).close()
     assert not model.embeddings(IDS).requires_grad
+
+
+@pytest.mark.parametrize("keys", [
+    {"tuning": "lora", "learning_rate": 2e-2, "precision": "bf16"},  # embeddings are frozen
+    {"tuning": "full"},
+    {"tuning": "ptuning", "learning_rate": 2e-2},  # the embeddings' output is joined to virtual tokens
+    {"tuning": "full", "head": "crf"},
+])  # fmt: skip
+def test_runs_train_by_it(tmp_path, keys):
+    losses = {}
+    for adversarial in ("none", "fgm"):
+        main.main(runs.argv(tmp_path / adversarial, adversarial=adversarial, **keys))
+        lines = (tmp_path / adversarial / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+        losses[adversarial] = [json.loads(line)["train_loss"] for line in lines]
+    assert losses["fgm"][1] < losses["fgm"][0]
+    assert losses["fgm"] != losses["none"]

@@ -5,13 +5,17 @@ import json
 
 import numpy as np
 import pytest
+import runs
 import safetensors.torch
 import torch
 
+import evaluate
+import main
 from ner import crf as crfs
-from ner import decoding
+from ner import decoding, export
 from ner.errors import UserError
 from ner.meta import CRF_FILE, read_meta, write_meta
+from ner.tagging import Tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 
@@ -153,3 +157,62 @@ def test_a_damaged_file_is_named(folder, break_it, says):
 def json_head(file, head):
     meta = json.loads((file.parent / "ner.json").read_text("utf-8"))
     (file.parent / "ner.json").write_text(json.dumps(meta | {"head": head}), "utf-8")
+
+
+def test_low_learning_rates_leave_it_behind_its_own_does_not(tmp_path):
+    """The transitions have a learning rate of their own, whatever the model's is."""
+    main.main(runs.argv(tmp_path, head="crf", learning_rate=1e-6, crf_learning_rate=0.1, epochs=1, averaging="false"))
+    transitions = read_meta(tmp_path / "run" / "model")["transitions"]
+    labels = read_meta(tmp_path / "run" / "model")["labels"]
+    assert np.median(np.abs(transitions[decoding.allowed_steps(labels)])) > 0.1
+    assert not transitions[~decoding.allowed_steps(labels)].any()
+
+
+@pytest.mark.parametrize("keys", [
+    {"tuning": "lora", "learning_rate": 2e-2, "precision": "bf16"},
+    {"tuning": "full", "precision": "fp32", "kernels": "plain"},
+])  # fmt: skip
+def test_a_run_trains_saves_scores_and_tags_with_it(tmp_path, keys, capsys):
+    main.main(runs.argv(tmp_path, head="crf", epochs=3, **keys))
+    run = tmp_path / "run"
+    scores = json.loads((run / "test.json").read_text("utf-8"))
+    assert scores["micro"]["f1"] > 0.5
+    losses = [json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert losses == sorted(losses, reverse=True)
+    capsys.readouterr()
+    evaluate.main(["--run", str(run), "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == scores
+    tagger = Tagger.of(run, precision=keys["precision"])
+    log_probs = tagger.log_probs([list("张伟在北京会见了李娜。")])
+    (path,) = decoding.crf_viterbi(log_probs, tagger.labels, read_meta(run / "model")["transitions"])
+    assert tagger.decoded(log_probs)[0][0] == [tagger.labels[label] for label in path]
+
+    folder = export.merge(run, tmp_path / "merged")  # what is made of the run decodes with it too
+    assert np.array_equal(read_meta(folder)["transitions"], read_meta(run / "model")["transitions"])
+
+
+def test_it_goes_on_bit_for_bit_after_a_kill(tmp_path):
+    keys = {"head": "crf", "epochs": 3, "checkpoint_minutes": 0.0001, "dropout": 0.1}
+    whole = runs.Process(runs.argv(tmp_path / "whole", **keys))
+    broken = runs.Process(runs.argv(tmp_path / "broken", **keys))
+    metrics = tmp_path / "broken" / "run" / "metrics.jsonl"
+    runs.until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 1, broken)
+    broken.kill()
+    assert whole.wait() == 0, whole.output
+    assert runs.Process(["--resume", str(tmp_path / "broken" / "run")]).wait() == 0
+    for part in ("whole", "broken"):
+        assert (tmp_path / part / "run" / "test.json").is_file()
+    ends = [safetensors.torch.load_file(tmp_path / part / "run" / "checkpoint" / "state.safetensors")
+            for part in ("whole", "broken")]  # fmt: skip
+    assert "weight/crf.transitions" in ends[0] and "exp_avg/crf.transitions" in ends[0]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    models = [read_meta(tmp_path / part / "run" / "model")["transitions"] for part in ("whole", "broken")]
+    assert np.array_equal(*models)
+
+
+@pytest.mark.parametrize("other", [("--loss", "focal"), ("--label_smoothing", "0.1"), ("--decode", "argmax")])
+def test_keys_that_it_has_no_use_for_are_refused(other, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["--head", "crf", *other])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"error: {other[0]}: ") and "head crf" in error

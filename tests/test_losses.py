@@ -1,8 +1,12 @@
 """The losses on tokens, checked against their formulas."""
 
+import json
+
 import pytest
+import runs
 import torch
 
+import main
 from ner import losses
 
 GOLD = torch.tensor([[-100, 1, 2, 0], [0, -100, -100, -100]])
@@ -44,3 +48,18 @@ def test_nothing_labelled_costs_nothing_and_bf16_is_summed_in_float32(kind):
     loss = losses.loss_function(kind)
     assert loss(logits(), torch.full((2, 4), -100)) == 0
     assert loss(logits().bfloat16(), GOLD).dtype == torch.float32
+
+
+@pytest.mark.parametrize("keys", [{"loss": "focal"}, {"label_smoothing": 0.1}])
+def test_a_run_trains_by_the_loss_that_the_config_names(tmp_path, keys):
+    plain = last_loss(tmp_path / "plain")
+    other = last_loss(tmp_path / "other", **keys)
+    assert other < 0.9 * plain if "loss" in keys else other > plain
+    scores = json.loads((tmp_path / "other" / "run" / "test.json").read_text("utf-8"))
+    assert scores["micro"]["f1"] > 0.5
+
+
+def last_loss(output, **keys):
+    """Train a run; return the mean loss of its last epoch."""
+    main.main(runs.argv(output, epochs=3, **keys))
+    return json.loads((output / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])["train_loss"]
