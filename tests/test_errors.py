@@ -43,6 +43,31 @@ def test_chinese_is_printed_whatever_the_locale(settings):
     assert done.stderr.decode("utf-8") == "error: 北京\n"
 
 
+def test_the_run_s_log_keeps_its_chinese_on_any_terminal(tmp_path):
+    code = (
+        "import logging; from pathlib import Path; from ner import run\n"
+        f"with run.opened(Path({str(tmp_path)!r}), writes=True):\n"
+        r"    logging.getLogger('__main__').info('\u5f00\u59cb\u6d4b\u8bd5')"
+    )
+    done = run(code, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout.decode("utf-8").endswith(" - __main__ - INFO - 开始测试\n"), done.stderr
+
+
+@pytest.mark.parametrize("command", [["loader.py"], ["-m", "ner.report"]])
+def test_commands_print_chinese_on_any_terminal(tmp_path, command):
+    folder = tmp_path / "北京"
+    folder.mkdir()
+    (folder / "train.log").write_text("")
+    (folder / "train").write_text("北 B-LOC\n京 I-LOC\n", encoding="utf-8")
+    named = folder / "train" if command == ["loader.py"] else folder
+    settings = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, str(named)], cwd=ROOT, capture_output=True, env=settings, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "北京" in done.stdout.decode("utf-8")
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("code", ["print('short')", "print('long' * 10**6)", "print('x'); sys.exit(0)"])
