@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ner.config import ROOT
 from ner.corpus import Corpus, check_unit
 from ner.errors import UserError, command
 from ner.formats import read
+from ner.paths import ROOT, resolve_path
 from ner.survey import printable, survey
 from ner.windows import Windower
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a window (%(default)s)")
     args = parser.parse_args(argv)
-    corpora = [read(file) for file in args.files]
+    corpora = [read(str(resolve_path(file) or file)) for file in args.files]
     for corpus in corpora[1:]:
         check_unit(corpus, corpora[0].unit, corpora[0].path)
     report = survey(corpora, windower_for(corpora[0], args.tokenizer, args.max_length), args.max_length)
@@ -54,7 +54,7 @@ def windower_for(corpus: Corpus, tokenizer: str, max_length: int) -> Windower:
 
     words = {"add_prefix_space": True} if corpus.unit == "word" else {}
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, **words)
+        loaded = AutoTokenizer.from_pretrained(str(resolve_path(tokenizer) or tokenizer), **words)
     except Exception as error:  # whatever lies below: network, missing files, damaged ones
         raise UserError(
             f"{tokenizer}: no tokenizer there ({str(error).splitlines()[0]}); give a folder with tokenizer.json or a "

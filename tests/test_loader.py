@@ -79,3 +79,15 @@ def test_files_of_different_units_are_not_looked_at_together(tmp_path, capsys):
     with pytest.raises(SystemExit):
         loader.main(files)
     assert "its lines hold words" in capsys.readouterr().err
+
+
+def test_files_and_tokenizer_of_the_project_are_found_from_any_folder(tmp_path, capsys, monkeypatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    write(project, PLAIN, "mine")
+    tiny.wordpiece(project / "encoder")
+    monkeypatch.setattr("ner.paths.ROOT", project)
+    monkeypatch.chdir(tmp_path)
+    loader.main(["mine", "--tokenizer", "encoder", "--json"])
+    (file,) = json.loads(capsys.readouterr().out)["files"]
+    assert file["path"] == str(project / "mine")
