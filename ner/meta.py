@@ -12,6 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from ner.errors import UserError
+from ner.formats.schemes import is_tag
 from ner.tunings import TUNINGS
 
 KEYS = {
@@ -60,6 +61,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     labels = meta["labels"]
     if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         raise UserError(f"{file}: labels must be different texts; the file is damaged")
+    wrong = next((label for label in labels if not is_tag(label) or label[0] not in "OBI"), None)
+    if wrong is not None:
+        raise UserError(f"{file}: label {wrong!r} is no IOB2 tag; expected O, B-TYPE and I-TYPE, the file is damaged")
     if meta["tuning"] not in TUNINGS:
         raise UserError(f"{file}: tuning is {meta['tuning']!r}; expected one of {', '.join(TUNINGS)}")
     if meta["unit"] not in ("character", "word") or meta["decode"] not in ("argmax", "viterbi"):

@@ -560,6 +560,8 @@ def test_labels_that_do_not_match_the_head_are_named(saved, tmp_path, tuning):
 
 @pytest.mark.parametrize("changes, said", [
     ({"labels": []}, "labels"), ({"labels": ["O", "O", "B-X", "I-X", "B-Y"]}, "labels"), ({"labels": "O"}, "labels"),
+    ({"labels": ["O", "XB-PERSON", "I-X", "B-Y", "I-Y"]}, "'XB-PERSON' is no IOB2 tag"),
+    ({"labels": ["O", "S-X", "I-X", "B-Y", "I-Y"]}, "'S-X' is no IOB2 tag"),
     ({"labels": [0, 1, 2, 3, 4]}, "labels"), ({"tuning": "nosuch"}, "tuning is 'nosuch'"),
     ({"tuning": 1}, "tuning is 1"),
     ({"unit": "byte"}, "unit"), ({"decode": "beam"}, "decode"), ({"max_length": "9"}, "max_length is '9'"),
