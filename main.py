@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     from ner import corpora, distributed
 
     accelerator = distributed.start(config)
-    run = Path(flags.resume) if flags.resume else None
-    if accelerator.is_main_process and not run:
-        run = folder.new_run(config.output, config.run)
-    run = distributed.from_first(run)
+    if flags.resume:
+        run = Path(flags.resume)
+    else:
+        run = distributed.from_first(accelerator, lambda: folder.new_run(config.output, config.run))
     with folder.opened(run, writes=accelerator.is_main_process):
         log.info("run %s", run)
         if flags.resume:
@@ -100,8 +100,8 @@ def train_epoch(
         began = time.perf_counter()
         step = progress.epoch * steps + progress.step  # over all epochs, from 0
         learning_rate = training.learning_rate(step)
-        loss = add_gradients(training, batch, progress, step)  # forward, loss, backward: see below
-        loss = distributed.sum_over_processes(training.accelerator, loss, optimizer) / units_of(batch)
+        loss_sum = add_gradients(training, batch, progress, step)  # forward, loss, backward: see below
+        loss = distributed.sum_over_processes(training.accelerator, loss_sum, optimizer) / units_of(batch)
         gradients = adalora.gradients(model, optimizer.scale.value)
         norm = optimizer.step(learning_rate, config.max_grad_norm)
         if not math.isfinite(loss) or not (math.isfinite(norm) or optimizer.scale.may_overflow):

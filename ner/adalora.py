@@ -1,8 +1,8 @@
 """AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512): all that it wants beside what LoRA does.
 
-It begins with more ranks than it may keep and masks those that count least. peft's RankAllocator judges them, by weight
-times gradient; this file gives it the gradients, carries its masks over to the optimizer's float32 copies, and keeps its
-averages in checkpoints. Every function does nothing for models of other tunings.
+It begins with more ranks than it may keep and masks those that count least. peft's RankAllocator judges them, by
+weight times gradient; this file gives it the gradients, carries its masks over to the optimizer's float32 copies, and
+keeps its averages in checkpoints. Every function does nothing for models of other tunings.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,17 @@ SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # RankAllocator's: importance, i
 Gradients = dict[nn.Parameter, torch.Tensor]
 
 
-def allocator(model: nn.Module) -> Any:
+def allocator(model: Any) -> Any:
     """Return peft's RankAllocator of a model, or None."""
     return getattr(getattr(model, "base_model", None), "rankallocator", None)
 
 
-def gradients(model: nn.Module, scale: float = 1.0) -> Gradients:
+def _settings(model: Any) -> Any:
+    """Return the peft config of an AdaLoRA model."""
+    return model.peft_config["default"]
+
+
+def gradients(model: Any, scale: float = 1.0) -> Gradients:
     """Return the gradients of the adapter's weights, before the optimizer clears them.
 
     scale: of the loss, by which they are divided. In float32 these are the tensors that the optimizer clips.
@@ -34,9 +39,7 @@ def gradients(model: nn.Module, scale: float = 1.0) -> Gradients:
 
 
 @torch.no_grad()
-def after_step(
-    model: nn.Module, step: int, steps: int, gradients: Gradients, optimizer: "Optimizer | None" = None
-) -> None:
+def after_step(model: Any, step: int, steps: int, gradients: Gradients, optimizer: "Optimizer | None" = None) -> None:
     """Judge the ranks after an optimizer step (from 1, of `steps`) and mask those that count least.
 
     The optimizer has cleared the weights' own gradients; `gradients` are those that it took the step by.
@@ -45,7 +48,7 @@ def after_step(
     ranks = allocator(model)
     if ranks is None:
         return
-    settings = model.peft_config["default"]
+    settings = _settings(model)
     settings.total_step, settings.tinit, settings.tfinal = steps, steps // 10, steps // 4
     settings.deltaT = max(1, steps // 50)
     last = steps - settings.tfinal
@@ -64,31 +67,31 @@ def after_step(
                 optimizer.masters[name].masked_fill_(optimizer.weights[name] == 0, 0)
 
 
-def masked_weights(model: nn.Module) -> set[str]:
+def masked_weights(model: Any) -> set[str]:
     """Return the names of the weights whose zeros are masked ranks."""
     if allocator(model) is None:
         return set()
     return {name for name, weight in model.named_parameters() if weight.requires_grad and "lora_E" in name}
 
 
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
+def state(model: Any) -> dict[str, torch.Tensor]:
     """Return what a checkpoint needs beside the weights: rank/NAME, which ranks are kept, and the scores of weights."""
     ranks = allocator(model)
     if ranks is None:
         return {}
-    pattern = model.peft_config["default"].rank_pattern or {}
+    pattern = _settings(model).rank_pattern or {}
     tensors = {f"rank/{name}": torch.tensor(kept) for name, kept in pattern.items()}
     for kind in SCORES:
         tensors |= {f"{kind}/{name}": score for name, score in getattr(ranks, kind).items()}
     return tensors
 
 
-def load_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_state(model: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Take what state() gave out of `tensors`; what does not fit the model stays there."""
     ranks = allocator(model)
     if ranks is None:
         return
-    settings = model.peft_config["default"]
+    settings = _settings(model)
     weights = dict(model.base_model.model.named_parameters())
     for key in list(tensors):
         kind, _, name = key.partition("/")

@@ -65,9 +65,8 @@ def _progress(metadata: dict[str, str]) -> Progress:
     values = json.loads(metadata["progress"])
     progress = Progress(**values)
     for field in dataclasses.fields(Progress):
-        value = getattr(progress, field.name)
-        kind = type(field.default_factory() if field.name == "history" else field.default)
-        expected = (int, float) if kind is float else kind
+        value, default = getattr(progress, field.name), getattr(Progress(), field.name)
+        expected = (int, float) if isinstance(default, float) else type(default)
         if field.name != "best" and (not isinstance(value, expected) or isinstance(value, bool)):
             raise ValueError(f"its {field.name} is {value!r:.40}")
     scores = [float(line["dev"]["micro"]["f1"] + line["epoch"]) for line in progress.history]  # numbers, all of them

@@ -27,7 +27,9 @@ def read(config: settings.Config, accelerator: "Accelerator") -> tuple[Corpus, l
             msra.ensure(say=lambda line: log.info("%s", line))
     corpora = {}
     for part, path in paths.items():
-        corpora[part] = formats.read(path if path.startswith("hub:") else settings.resolve_path(path) or path, part)
+        corpora[part] = formats.read(
+            path if path.startswith("hub:") else str(settings.resolve_path(path) or path), part
+        )
         log.info("%s: %s", part, corpora[part].describe())
     train = _sampled(corpora.pop("train"), config)
     if "dev" not in corpora:
@@ -40,7 +42,9 @@ def read(config: settings.Config, accelerator: "Accelerator") -> tuple[Corpus, l
 
 def _sampled(corpus: Corpus, config: settings.Config) -> Corpus:
     """Return the corpus with at most config.max_train_sentences, drawn by the seed."""
-    sentences = sample(corpus.sentences, config.max_train_sentences, config.seed)
+    limit = config.max_train_sentences
+    assert limit != "auto"  # settings.load() has put in what it means
+    sentences = sample(corpus.sentences, limit, config.seed)
     if len(sentences) < len(corpus.sentences):
         log.info("train: %d of these sentences, a sample by the seed", len(sentences))
     return corpus.part(sentences)

@@ -1,6 +1,7 @@
 """Devices and processes, by way of accelerate: one GPU, several, or CPUs, with the same loop."""
 
 import os
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from ner.errors import UserError
@@ -51,7 +52,7 @@ def start(config: "Config") -> "Accelerator":
     )
 
 
-def check_launch_settings(environment: "os._Environ[str] | dict[str, str]") -> None:
+def check_launch_settings(environment: Mapping[str, str]) -> None:
     """Raise UserError for what `accelerate launch` was told and this program would ignore."""
     for variable, unset, what, instead in LAUNCH_SETTINGS:
         value = environment.get(variable, "")
@@ -62,11 +63,11 @@ def check_launch_settings(environment: "os._Environ[str] | dict[str, str]") -> N
             )
 
 
-def from_first(value: Value) -> Value:
-    """Return the first process's value, in every process."""
+def from_first(accelerator: "Accelerator", work: Callable[[], Value]) -> Value:
+    """Return work(), which the first process does, in every process."""
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([value])[0]
+    return broadcast_object_list([work() if accelerator.is_main_process else None])[0]
 
 
 def sum_over_processes(accelerator: "Accelerator", loss: "torch.Tensor", optimizer: "Optimizer") -> float:
@@ -81,7 +82,7 @@ def sum_over_processes(accelerator: "Accelerator", loss: "torch.Tensor", optimiz
     weights = list(optimizer.weights.values())
     parts = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights] + [loss]
     summed = accelerator.reduce(torch.cat([part.float().flatten() for part in parts]), "sum")
-    *gradients, loss = summed.split([part.numel() for part in parts])
+    *gradients, total = summed.split([part.numel() for part in parts])
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.grad = gradient.view_as(weight).to(weight.dtype)
-    return loss.item()
+    return total.item()

@@ -96,7 +96,7 @@ def digest(sentences: list[Sentence], labels: list[str], steps: int) -> str:
 
 def flat(line: dict, prefix: str = "") -> dict[str, float]:
     """Return a line of metrics.jsonl with keys like dev/micro/f1, as trackers want it."""
-    values = {}
+    values: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, dict):
             values |= flat(value, f"{prefix}{key}/")
@@ -143,6 +143,6 @@ def progress_bar(steps: int, shown: bool) -> Iterator:
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    with tqdm(total=steps, disable=None if shown else True, leave=False, unit="step") as bar:
-        with contextlib.nullcontext() if bar.disable else logging_redirect_tqdm():
-            yield bar
+    bar = tqdm(total=steps, disable=None if shown else True, leave=False, unit="step")
+    with bar, contextlib.nullcontext() if bar.disable else logging_redirect_tqdm():
+        yield bar

@@ -1,4 +1,4 @@
-"""Ctrl-C, and the SIGTERM of a cluster: the first lets the step under way end, a second one stops the process at once."""
+"""Ctrl-C, and the SIGTERM of a cluster: a first one lets the step under way end, a second ends the process at once."""
 
 import signal
 import threading

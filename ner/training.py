@@ -92,7 +92,7 @@ class Training:
         """Return a straight line up while warming up, then one down that reaches 0 after the last step."""
         warmup = round(self.steps * self.config.warmup_ratio)
         share = (step + 1) / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
-        return self.config.learning_rate * share
+        return peak_learning_rate(self.config) * share
 
     @contextlib.contextmanager
     def scored_weights(self) -> Iterator[None]:
@@ -161,15 +161,21 @@ def build_optimizer(config: Config, model: nn.Module, crf: Crf | None = None) ->
     """Return the optimizer of a model that kernels.prepare() has put into its type and place, and of its CRF."""
     return Optimizer(
         model,
-        config.learning_rate,
+        peak_learning_rate(config),
         config.weight_decay,
         config.averaging,
         head=models.head_weights(model),
-        head_factor=config.head_factor,
+        head_factor=config.head_factor or 1.0,
         masked=adalora.masked_weights(model),
         beside={"crf.transitions": crf.transitions} if crf else {},
         beside_rate=config.crf_learning_rate,
     )
+
+
+def peak_learning_rate(config: Config) -> float:
+    """Return the learning rate, which settings.load() has put in where the user gave none."""
+    assert config.learning_rate is not None
+    return config.learning_rate
 
 
 def describe(config: Config, run: Path, accelerator: "Accelerator", dtype: torch.dtype) -> None:

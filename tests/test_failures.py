@@ -16,11 +16,11 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from ner import checkpoint
-from ner import scores as scoring
-from ner import run as folder
 import main
+from ner import checkpoint
 from ner import model as models
+from ner import run as folder
+from ner import scores as scoring
 
 
 @contextlib.contextmanager
@@ -155,6 +155,55 @@ def test_an_output_folder_that_cannot_be_made_is_named_at_once(tmp_path, capsys,
     assert ended(runs.argv(output)) == 2
     text = capsys.readouterr().err
     assert text.startswith(f"error: {output}") and "--output" in text and text.count("\n") == 1
+
+
+def test_train_without_an_entity_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "train").write_text("北 O\n京 O\n\n好 O\n", "utf-8")
+    argv = runs.argv(tmp_path / "out", train=tmp_path / "train")
+    capsys.readouterr()
+    assert ended(argv) == 2
+    text = capsys.readouterr().err
+    assert "no entity" in text and str(tmp_path / "train") in text and text.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_train_that_lost_its_entities_is_refused_when_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "train").write_text("北 B-LOC\n京 I-LOC\n\n好 O\n", "utf-8")
+    assert ended(runs.argv(tmp_path, train=tmp_path / "train", epochs=1)) == 0
+    (tmp_path / "train").write_text("北 O\n京 O\n\n好 O\n", "utf-8")
+    capsys.readouterr()
+    assert ended(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 2
+    assert "no entity" in capsys.readouterr().err
+
+
+def test_a_float16_step_that_overflows_is_left_out_whole(tmp_path, monkeypatch):
+    """Neither the average nor AdaLoRA's scores take part in it, and the scale is halved."""
+    from ner import adalora
+    from ner.optimizer import Optimizer
+
+    steps, judged, averaged = [], [], []
+
+    def step(self, rate, max_norm, real=Optimizer.step):
+        steps.append(1)
+        if len(steps) == 3:
+            next(iter(self.weights.values())).grad.fill_(math.inf)
+        return real(self, rate, max_norm)
+
+    def after_step(model, step, *rest, real=adalora.after_step):
+        judged.append(step)
+        real(model, step, *rest)
+
+    def average(self, step, real=Optimizer.average):
+        averaged.append(step)
+        real(self, step)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    monkeypatch.setattr(Optimizer, "average", average)
+    monkeypatch.setattr(adalora, "after_step", after_step)
+    assert ended(runs.argv(tmp_path, tuning="adalora", precision="fp16", epochs=1, learning_rate=1e-3)) == 0
+    assert judged == averaged and 3 not in judged and judged[-1] == 13
+    tensors, progress = checkpoint.load(tmp_path / "run")
+    assert progress.scale < 2.0**16 and all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_run_that_never_began_leaves_no_folder(tmp_path, capsys):

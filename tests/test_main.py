@@ -14,11 +14,11 @@ import pytest
 import runs
 from safetensors.torch import load_file
 
-from ner import config as settings
 import evaluate
-from ner import scores as scoring
 import main
 import predict
+from ner import config as settings
+from ner import scores as scoring
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - __main__ - "
 NUMBER = r"\d+\.\d{6}"
@@ -160,7 +160,9 @@ def test_the_best_epoch_is_chosen_on_dev_and_saved(tmp_path, monkeypatch):
     def score_sentences(tagger, sentences, devices=None, real=scoring.score_sentences):
         scores, predicted, loss = real(tagger, sentences, devices)
         scores["micro"]["f1"] = next(grades)
-        weights[len(weights)] = {name: weight.detach().clone() for name, weight in tagger.engine.model.named_parameters()}
+        weights[len(weights)] = {
+            name: weight.detach().clone() for name, weight in tagger.engine.model.named_parameters()
+        }
         return scores, predicted, loss
 
     monkeypatch.setattr(scoring, "score_sentences", score_sentences)
@@ -248,7 +250,6 @@ def test_accumulation_computes_what_a_larger_batch_does(tmp_path):
 
 
 def test_the_learning_rate_rises_and_falls_in_straight_lines(tmp_path, monkeypatch):
-    from ner import kernels as fast
     from ner.optimizer import Optimizer
 
     rates = []

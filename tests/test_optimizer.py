@@ -95,3 +95,68 @@ def test_the_average_is_a_mean_of_late_weights_and_leaves_training_alone():
     with averaged.using(averaged.scored):
         assert torch.equal(model.weight, mean.to(torch.bfloat16)) and not torch.equal(model.weight, own["weight"])
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in own.items())
+
+
+def overflowing(optimizer: Optimizer, model: nn.Module) -> float:
+    """Take a step whose gradients are infinite; return their norm."""
+    optimizer.backward(model(torch.full((1, 2), 100.0, dtype=torch.float16)).float().sum() * 1000)
+    return optimizer.step(0.1, 1.0)
+
+
+def good(optimizer: Optimizer, model: nn.Module) -> float:
+    optimizer.backward(model(torch.ones(1, 2, dtype=torch.float16)).float().sum() * 1e-3)
+    return optimizer.step(0.1, 1.0)
+
+
+def test_the_loss_scale_moves_as_grad_scalers_does(monkeypatch):
+    from ner.optimizer import LossScale
+
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 3)
+    model = nn.Linear(2, 1, bias=False).to(torch.float16)
+    optimizer = Optimizer(model, 0.1, 0.0)
+    reference = torch.amp.GradScaler("cpu", growth_interval=3)
+    for overflows in (True, False, False, False, False, True, False, False, True, False, False, False, False):
+        norm = (overflowing if overflows else good)(optimizer, model)
+        assert (norm == float("inf")) == overflows
+        dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        weight = dummy.param_groups[0]["params"][0]
+        reference.scale(weight.sum() * (float("inf") if overflows else 1.0)).backward()
+        reference.step(dummy)
+        reference.update()
+        assert optimizer.scale.value == reference.get_scale()
+
+
+def test_an_overflow_is_the_scales_matter_until_the_scale_is_tiny():
+    model = nn.Linear(2, 1, bias=False).to(torch.float16)
+    optimizer = Optimizer(model, 0.1, 0.0)
+    optimizer.scale.value = 1.0
+    overflowing(optimizer, model)
+    assert optimizer.scale.value == 0.5 and optimizer.scale.may_overflow
+    optimizer.scale.value = optimizer.scale.SMALLEST
+    optimizer.scale.update(overflow=True)
+    assert not optimizer.scale.may_overflow
+
+
+def test_without_float16_a_gradient_that_is_not_finite_changes_no_weight():
+    model = nn.Linear(2, 1)
+    optimizer = Optimizer(model, 0.1, 0.0)
+    before = model.weight.detach().clone()
+    optimizer.backward(model(torch.ones(1, 2)).sum() * float("inf"))
+    assert not optimizer.step(0.1, 1.0) < float("inf")
+    assert torch.equal(model.weight, before) and optimizer.scale.value == 1 and not optimizer.scale.may_overflow
+
+
+def test_restored_moments_are_tensors_of_their_own():
+    """A checkpoint's tensors are its file mapped into memory, which a later checkpoint replaces."""
+    model = nn.Linear(2, 1)
+    optimizer = Optimizer(model, 0.1, 0.0, averaging=True)
+    optimizer.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step(0.1, 1.0)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    other = Optimizer(nn.Linear(2, 1), 0.1, 0.0, averaging=True)
+    given = dict(saved)
+    other.load_state(given)
+    assert not given, "all of it was taken"
+    theirs = {tensor.data_ptr() for tensor in saved.values()}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in other.state().items())
+    assert not theirs & {tensor.data_ptr() for tensor in other.state().values()}

@@ -12,8 +12,8 @@ import pytest
 import runs
 from safetensors.torch import load_file
 
-from ner import checkpoint
 import main
+from ner import checkpoint
 from ner.errors import UserError
 from ner.progress import seed_of
 
@@ -159,3 +159,31 @@ def test_the_launchers_commands_do_it(two, tmp_path, launcher):
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = tmp_path.iterdir()
     assert lines(run) == lines(two[0] / "run")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "set precision"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "torch.compile"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "set accumulation"),
+    ],
+)
+def test_settings_of_the_launcher_that_would_be_ignored_are_refused(
+    tmp_path, monkeypatch, capsys, variable, value, said
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SystemExit) as end:
+        main.main(runs.argv(tmp_path))
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and f"{variable}={value}" in text and said in text and text.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "no run has begun"
+
+
+def test_what_the_launcher_sets_by_itself_is_fine(monkeypatch):
+    from ner.distributed import check_launch_settings
+
+    check_launch_settings({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"})
+    check_launch_settings({})

@@ -15,9 +15,9 @@ import runs
 import torch
 from safetensors.torch import load_file, save_file
 
+import main
 from ner import checkpoint
 from ner import config as settings
-import main
 
 EPOCHS = 4
 OFTEN = {"epochs": EPOCHS, "checkpoint_minutes": 0.0001}  # a checkpoint after each step
@@ -198,6 +198,27 @@ def test_epochs_may_differ_and_a_finished_run_goes_on(whole, tmp_path):
     log = (tmp_path / "run" / "train.log").read_text("utf-8")
     assert f"epochs ({EPOCHS + 1}, was {EPOCHS})" in log
     assert settings.load(["--config", str(tmp_path / "run" / "config.yaml")])[0].epochs == EPOCHS + 1
+
+
+def test_a_run_that_goes_on_without_test_keeps_no_old_scores_of_it(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    main.main(["--resume", str(tmp_path / "run"), "--test", "null"])
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "finished.json" in left and not left & {"test.json", "predictions.jsonl"}
+    assert settings.load(["--config", str(tmp_path / "run" / "config.yaml")])[0].test is None
+    assert "deleted, as the run goes on: test.json, predictions.jsonl" in (tmp_path / "run" / "train.log").read_text(
+        "utf-8"
+    )
+
+
+def test_scores_of_fewer_epochs_do_not_outlive_them(whole, tmp_path):
+    """Killed while it goes on, a run that had ended is not taken for one that has."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    process = runs.Process(["--resume", run, "--epochs", "50"])
+    runs.until(lambda: "epoch 6 begin" in (run / "train.log").read_text("utf-8"), process)
+    process.kill()
+    assert not {path.name for path in run.iterdir()} & {"test.json", "predictions.jsonl", "finished.json"}
 
 
 def test_training_sentences_that_changed_are_noticed(tmp_path, capsys):
