@@ -77,7 +77,7 @@ def test_killed_at_random_moments_it_ends_the_same_bit_for_bit(whole, tmp_path):
         before = began(run)
         process = runs.Process(arguments)
         arguments = ["--resume", run]
-        if not runs.until(lambda: began(run) > before, process):
+        if not runs.until(lambda before=before: began(run) > before, process):
             break  # it ended by itself
         if kills < 4:
             time.sleep(draw.uniform(0, 0.3))
