@@ -22,9 +22,9 @@ from ner.errors import UserError, command
 if TYPE_CHECKING:
     from ner.predictor import Entity, Predictor, Result
 
-FORMATS = ("text", "jsonl", "bio", "html", "labelstudio", "doccano")  # ner/writers.py writes them
+FORMATS = ("text", "jsonl", "bio", "html", "labelstudio", "doccano", "parquet")  # ner/writers.py; parquet: --ray
 FORMAT_HELP = """text: an entity a line; jsonl: a text a line, with offsets; bio: tags; html: a page; labelstudio,
-doccano: what these tools import as pre-annotations"""
+doccano: what these tools import as pre-annotations; parquet: with --ray"""
 
 _last: "Predictor | None" = None  # the one that the module's predict() uses
 
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace", **({} if stream.isatty() else {"encoding": "utf-8"}))
     logging.basicConfig(format="warning: %(message)s")
+    if options.ray is not None:
+        return _tag_on_ray(options)
     prompt = not options.texts and not options.input and sys.stdin.isatty() and options.format == "text"
     if prompt and options.uncertain:
         raise UserError("--uncertain chooses from many texts; name a file of them with --input")
@@ -130,20 +132,25 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--engine", choices=("auto", "onnx", "torch"), default="auto", help=engines)
     precisions = "what torch computes in; auto (default): as a run is scored"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precisions)
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="tag on a Ray cluster: --input 'PATTERN' --output FOLDER")
+    add("--workers", type=int, metavar="N", help="with --ray: processes (default: as many as there is room for)")
     options = parser.parse_args(argv)
     if options.texts and options.input:
         raise UserError("give texts or --input, not both")
     if options.json and options.format not in (None, "jsonl"):
         raise UserError(f"--json and --format {options.format} contradict each other")
-    for name in ("batch_size", "threads", "uncertain"):
+    for name in ("batch_size", "threads", "uncertain", "workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: at least 1")
     if options.engine == "onnx" and options.precision != "auto":
         raise UserError(f"--precision {options.precision} is for --engine torch; onnx computes as it was exported")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("predict.py uses all cores from one process; start it without torchrun or accelerate launch")
-    _check_files(options)
+    if options.ray is None:
+        _check_files(options)
     options.format = options.format or ("jsonl" if options.json or options.output else "text")
+    if options.format == "parquet" and options.ray is None:
+        raise UserError("--format parquet is for --ray; jsonl holds the same")
     return options
 
 
@@ -209,6 +216,27 @@ def _output(path: str | None) -> Iterator[Callable[..., None]]:
         raise
     except OSError as error:
         raise UserError(f"{name}: cannot be written ({error.strerror})") from None
+
+
+def _tag_on_ray(options: argparse.Namespace) -> None:
+    """Tag the files that --input names into the folder --output. Raises UserError."""
+    if options.format not in ("jsonl", "parquet") or options.uncertain or options.texts:
+        raise UserError("--ray tags files into --format jsonl or parquet, without --uncertain")
+    if options.input in (None, "-") or options.output in (None, "-"):
+        raise UserError("--ray needs --input FILE or 'PATTERN' and --output FOLDER, which all machines reach")
+    from ner import ray_tagging
+    from ner.predictor import run_folder
+
+    settings = ray_tagging.Settings(
+        str(run_folder(options.run).resolve()),
+        options.engine,
+        options.precision,
+        options.batch_size,
+        options.threads or 1,
+    )
+    output = Path(options.output).expanduser().absolute()
+    texts = ray_tagging.tag(options.input, output, settings, options.format, options.workers, options.ray)
+    print(f"{texts} texts tagged into {output}")
 
 
 def _prompt(predictor: "Predictor", colour: bool) -> None:

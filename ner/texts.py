@@ -28,7 +28,7 @@ def read_texts(stream: BinaryIO, name: str) -> Iterator[str]:
         if b"\0" in raw:
             raise UserError(f"{name}:{number}: a NUL character: this is not a text file; give UTF-8, one text a line")
         if not encoding and not raw.isascii():
-            encoding = _encoding_of(raw, f"{name}:{number}")
+            encoding = encoding_of(raw, f"{name}:{number}")
         try:
             yield raw.decode(encoding or "utf-8")
         except UnicodeDecodeError:
@@ -51,7 +51,7 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[bytes]:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
 
 
-def _encoding_of(raw: bytes, where: str) -> str:
+def encoding_of(raw: bytes, where: str) -> str:
     """Return "utf-8" or "gb18030" for the first line beyond ASCII. Raises UserError where it is neither."""
     text = raw.decode("utf-8", errors="replace")
     # GB18030 accepts much that is damaged UTF-8, so it is tried only for what hardly fits UTF-8 at all.

@@ -44,17 +44,22 @@ def writer(name: str, types: list[str], unit: str, model: str, colour: bool = Fa
 
 def jsonl(result: Result) -> str:
     """Return {"text", "entities": [{"text", "type", "start", "end", "score"}]} on one line."""
+    return _json(record(result), result.text) + "\n"
+
+
+def record(result: Result) -> dict:
+    """Return {"text", "entities": [{"text", "type", "start", "end", "score"}]}."""
     entities = [
         {"text": e.text, "type": e.type, "start": e.start, "end": e.end, "score": round(e.score, 6)}
         for e in result.entities
     ]
-    return _json({"text": result.text, "entities": entities}, result.text) + "\n"
+    return {"text": result.text, "entities": entities}
 
 
 def doccano(result: Result) -> str:
     """Return {"text", "label": [[start, end, type]]} on one line, which doccano imports for sequence labelling."""
-    record = {"text": result.text, "label": [[e.start, e.end, e.type] for e in result.entities]}
-    return _json(record, result.text) + "\n"
+    labelled = {"text": result.text, "label": [[e.start, e.end, e.type] for e in result.entities]}
+    return _json(labelled, result.text) + "\n"
 
 
 def labelstudio(result: Result, model: str) -> str:
@@ -132,6 +137,6 @@ def _coloured(result: Result, types: list[str]) -> str:
     return "".join(parts) + visible(result.text[position:])
 
 
-def _json(record: dict, text: str) -> str:
-    """Return a record on one line; a lone surrogate has no UTF-8, as an escape it survives."""
-    return json.dumps(record, ensure_ascii=bool(LONE_SURROGATE.search(text)))
+def _json(value: dict, text: str) -> str:
+    """Return a value on one line; a lone surrogate has no UTF-8, as an escape it survives."""
+    return json.dumps(value, ensure_ascii=bool(LONE_SURROGATE.search(text)))
