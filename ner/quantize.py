@@ -43,7 +43,7 @@ def quantize(source: Path, target: Path, samples: list[Arrays]) -> None:
         if weights[nodes[0].input[1]].dims[1] < SMALLEST_WIDTH:
             plain += [node.name for node in nodes]
             continue
-        if not _shares_weights(nodes, products):
+        if not _shares_weights(model.graph, nodes):
             _smooth(model.graph, weights, nodes, ranges[name], f"smooth_{index}")
         if name in by_blocks:
             for node in nodes:
@@ -101,10 +101,11 @@ def _worst_feed_forward_inputs(products: dict[str, list[Any]], weights: dict[str
     return set(sorted(outliers, key=lambda name: -outliers[name])[: (len(outliers) + 1) // 2])
 
 
-def _shares_weights(nodes: list[Any], products: dict[str, list[Any]]) -> bool:
-    """Return whether another input is multiplied by the same weights, as where layers share them (ALBERT)."""
+def _shares_weights(graph: Any, nodes: list[Any]) -> bool:
+    """Return whether other nodes read the same weights, as where layers share them (ALBERT)."""
     mine = {node.input[1] for node in nodes}
-    return any(node.input[1] in mine for others in products.values() if others is not nodes for node in others)
+    readers = sum(name in mine for node in graph.node for name in node.input)
+    return readers > len(nodes)
 
 
 def _smooth(graph: Any, weights: dict[str, Any], nodes: list[Any], largest: np.ndarray, name: str) -> None:
