@@ -38,6 +38,7 @@ def fails(folder, text, *argv):
 
 # one source
 
+
 def test_config_yaml_is_what_config_prints():
     assert config.dump(config.Config()) == YAML
 
@@ -58,8 +59,10 @@ def test_config_py_prints_config_yaml():
 
 
 def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_torch():
-    code = ("import sys; from ner import config\ntry: config.load(['--help'])\n"
-            "finally: print('LOADED', [name for name in ('torch', 'transformers', 'peft') if name in sys.modules])")
+    code = (
+        "import sys; from ner import config\ntry: config.load(['--help'])\n"
+        "finally: print('LOADED', [name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
+    )
     begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
     assert time.perf_counter() - begun < 1.5, "slower than a second even with half a second of grace for a busy machine"
@@ -95,10 +98,29 @@ def test_defaults_of_the_card():
 
 # the command line
 
+
 def test_keys_on_the_command_line():
-    made, flags = config.load(["--tuning", "full", "--learning_rate", "2e-5", "--lora.r=8", "--push_to_hub", "me/it",
-                               "--special_tokens", "off", "--dev", "null", "--run", "2024", "--trackers", "a, b",
-                               "--lora.target_modules", "query,value"])
+    made, flags = config.load(
+        [
+            "--tuning",
+            "full",
+            "--learning_rate",
+            "2e-5",
+            "--lora.r=8",
+            "--push_to_hub",
+            "me/it",
+            "--special_tokens",
+            "off",
+            "--dev",
+            "null",
+            "--run",
+            "2024",
+            "--trackers",
+            "a, b",
+            "--lora.target_modules",
+            "query,value",
+        ]
+    )
     assert (made.tuning, made.learning_rate, made.lora.r, flags.push_to_hub) == ("full", 2e-5, 8, "me/it")
     assert (made.special_tokens, made.dev, made.run, made.trackers) == (False, None, "2024", ["a", "b"])
     assert made.lora.target_modules == ["query", "value"]
@@ -164,6 +186,7 @@ def test_a_run_to_resume_gives_the_config(tmp_path):
 
 
 # the file
+
 
 @pytest.mark.parametrize("text, line, said", [
     ("seed: 1\nepoch: 3\n", 2, "unknown key 'epoch'; the closest is epochs"),
@@ -281,6 +304,7 @@ def test_configs_that_ship_are_right(file):
 
 
 # what is derived
+
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
