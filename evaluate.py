@@ -3,6 +3,7 @@
     python evaluate.py                                  # the newest finished run, on its test file
     python evaluate.py --run output/RUN --data FILE     # another run, other sentences
     python evaluate.py --json scores.json               # the scores as JSON too; - prints nothing else
+    python evaluate.py --engine onnx                    # the run's ONNX file instead of the model as it was trained
 
 Nothing heavy is imported up here and importing does nothing, so that a package which looks for the library of the
 same name finds a harmless module.
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     only_json = options.json == "-"
     if not only_json:
         print(f"run {run}\n{corpus.describe()}")
-    tagger = _tagger(run, config)
+    tagger = _tagger(run, config, options.engine)
     check_unit(corpus, tagger.unit, str(run))
     _warn_of_unknown_types(corpus, tagger)
     scores, predicted, _ = score_sentences(tagger, corpus.sentences)
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run", help="the run's folder (default: the newest finished one under output/)")
     parser.add_argument("--data", help="a labelled file or hub:NAME (default: the test file of the run)")
+    parser.add_argument(
+        "--engine",
+        choices=["torch", "onnx"],
+        default="torch",
+        help="torch: the model as it was trained (default); onnx: the ONNX file that predict.py tags with on a CPU",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the scores to FILE as JSON; - prints them, and only them")
     return parser
 
@@ -81,11 +88,13 @@ def _read(data: str | None, config: "Config | None", run: Path) -> "Corpus":
     return formats.read(str(resolve_path(data) or data), "test")
 
 
-def _tagger(run: Path, config: "Config | None") -> "Tagger":
-    """Return the run's model, in the run's precision, on the device that training takes."""
-    import torch
-
+def _tagger(run: Path, config: "Config | None", engine: str) -> "Tagger":
+    """Return the run's model, by PyTorch in the run's precision on the device that training takes, or its ONNX file."""
     from ner.tagging import Tagger
+
+    if engine == "onnx":
+        return Tagger.of(run, engine="onnx")
+    import torch
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return Tagger.of(run, device, config.precision if config else "auto")

@@ -216,3 +216,14 @@ def test_keys_that_it_has_no_use_for_are_refused(other, capsys):
         main.main(["--head", "crf", *other])
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith(f"error: {other[0]}: ") and "head crf" in error
+
+
+def test_the_onnx_file_of_a_run_is_decoded_with_it(tmp_path, capsys):
+    main.main(runs.argv(tmp_path, head="crf", epochs=3, export="int8"))
+    run = tmp_path / "run"
+    tagger = Tagger.of(run, engine="onnx")
+    assert np.array_equal(tagger.transitions, read_meta(run / "model")["transitions"])
+    capsys.readouterr()
+    evaluate.main(["--run", str(run), "--json", "-", "--engine", "onnx"])
+    f1 = json.loads((run / "test.json").read_text("utf-8"))["micro"]["f1"]
+    assert json.loads(capsys.readouterr().out)["micro"]["f1"] == pytest.approx(f1, abs=0.1)

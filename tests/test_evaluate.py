@@ -8,7 +8,9 @@ import sys
 import datasets
 import pytest
 import runs
+import tiny
 import torch
+import trained
 
 import evaluate
 import main
@@ -140,3 +142,38 @@ def test_a_test_file_of_the_project_is_found_from_any_folder(run, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     evaluate.main(["--run", str(tmp_path / "run"), "--json", "-"])
     assert json.loads(capsys.readouterr().out) == json.loads((run / "test.json").read_text("utf-8"))
+
+
+def test_either_engine_is_scored(tmp_path, capsys):
+    run, data = trained.exported(), tiny.corpus(tmp_path / "data", 60, seed=9)
+    f1 = {}
+    for engine in ("torch", "onnx"):
+        evaluate.main(["--run", str(run), "--data", str(data), "--json", "-", "--engine", engine])
+        f1[engine] = json.loads(capsys.readouterr().out)["micro"]["f1"]
+    assert f1["torch"] > 0.9 and abs(f1["onnx"] - f1["torch"]) < 0.05
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--run", str(trained.run()), "--data", str(data), "--json", "-", "--engine", "onnx"])
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and text.count("\n") == 1 and "model_int8.onnx" in text
+
+
+def test_the_onnx_file_is_what_is_scored(tmp_path, monkeypatch, capsys):
+    engines = []
+    monkeypatch.setattr("ner.engines.TorchEngine.logits", lambda *_: engines.append("torch"))
+    evaluate.main(["--run", str(trained.exported()), "--data", str(tiny.corpus(tmp_path / "data", 20, seed=9)),
+                   "--json", "-", "--engine", "onnx"])  # fmt: skip
+    assert not engines and json.loads(capsys.readouterr().out)["micro"]["f1"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_runs_of_earlier_versions_are_scored(name, tmp_path, capsys):
+    run = runs.ROOT / "tests" / "saved_runs" / name
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text("utf-8").splitlines()]
+    blocks = [
+        "".join(f"{char} {tag}\n" for char, tag in zip(row["chars"], row["gold"], strict=True)) + "\n" for row in rows
+    ]
+    (tmp_path / "test").write_text("".join(blocks), "utf-8")
+    evaluate.main(["--run", str(run), "--data", str(tmp_path / "test"), "--json", "-"])
+    scores, saved = json.loads(capsys.readouterr().out), json.loads((run / "test.json").read_text("utf-8"))
+    assert scores["micro"]["support"] == saved["micro"]["support"] > 0
+    assert scores["micro"]["f1"] == pytest.approx(saved["micro"]["f1"], abs=0.03)  # of other engines, then
