@@ -30,8 +30,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(_syntax_error(error, text, file)) from None
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    is_empty = root is None or (root.tag == "tag:yaml.org,2002:null" and not root.value)
-    if not is_empty:
+    if root is not None and (root.tag != "tag:yaml.org,2002:null" or root.value):  # else the file holds no key
         _collect(root, "", file, values, places)
     return values, places
 
@@ -76,7 +75,7 @@ def _check_events(text: str, file: Path) -> None:
     """Refuse aliases and deep nesting before the nodes are composed, which recurses."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        where = f"{file}:{event.start_mark.line + 1}"
+        where = f"{file}:{event.start_mark.line + 1 if event.start_mark else 1}"
         if isinstance(event, yaml.AliasEvent):
             raise UserError(f"{where}: *{event.anchor} is an alias; write the value out")
         if isinstance(event, yaml.CollectionStartEvent):
@@ -130,7 +129,7 @@ def _plain(key: str, node: yaml.Node, where: str) -> Any:
         return [item.value for item in node.value]
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
         raise UserError(f"{where}: {key} has the tag {node.tag}; expected {allowed(key)}")
-    is_quoted = bool(node.style)
+    is_quoted = isinstance(node, yaml.ScalarNode) and bool(node.style)
     return node.value if is_quoted else parse_value(key, node.value)
 
 

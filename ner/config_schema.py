@@ -109,7 +109,7 @@ class Config(_Strict):
 
 def _flat(prefix: str, model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.FieldInfo]:
     """The fields of a model under dotted keys, a group's own fields in place of the group."""
-    fields = {}
+    fields: dict[str, pydantic.fields.FieldInfo] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
             fields |= _flat(f"{name}.", field.annotation)
