@@ -34,7 +34,8 @@ def argv(output, **keys) -> list[str]:
     here = world()
     settings = {"train": here / "train", "dev": here / "dev", "test": here / "test", "pretrained": here / "encoder",
                 "output": output, "run": "run", "tuning": "full", "learning_rate": 5e-3, "epochs": 2, "max_length": 64,
-                "precision": "fp32", "export": "none"} | keys  # fmt: skip
+                "precision": "fp32", "export": "none",
+                "kernels": os.environ.get("NER_TEST_KERNELS", "auto")} | keys  # fmt: skip
     return [
         part
         for key, value in settings.items()
