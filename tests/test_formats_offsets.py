@@ -1,10 +1,13 @@
 """JSON with a text and its entities: doccano, CLUENER, Label Studio, our own; a line each, or one array."""
 
+import itertools
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ner import formats
+from ner import decoding, formats
 from ner.errors import UserError
 
 TEXT = "江泽民在北京会见了比尔·盖茨"
@@ -143,7 +146,7 @@ def test_data_is_another_name_for_text(tmp_path):
 
 
 def result(text=TEXT, spans=SPANS):
-    """The result of an annotation in Label Studio's export, which counts offsets in UTF-16 as a browser does."""
+    """The result of an annotation in Label Studio's export, with offsets in UTF-16 as its older releases have them."""
 
     def units(place):
         return len(text[:place].encode("utf-16-le")) // 2
@@ -242,3 +245,26 @@ def test_half_a_surrogate_pair_in_a_type_is_refused(tmp_path, label):
     with pytest.raises(UserError, match="half a surrogate pair in the type") as caught:
         formats.read(path)
     assert str(caught.value).startswith(f"{path}:2: ") and str(caught.value).encode()
+
+
+texts = st.text(st.sampled_from("aab😀𠮷北 "), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=texts, cuts=st.lists(st.integers(0, 12), max_size=6), in_utf16=st.booleans())
+def test_any_text_comes_back_from_label_studio(tmp_path_factory, text, cuts, in_utf16):
+    edges = sorted({min(cut, len(text)) for cut in cuts})
+    spans = [[start, end, "AB"[n % 2]] for n, (start, end) in enumerate(itertools.pairwise(edges))]
+    items = result(text, spans)
+    if not in_utf16:
+        for item, (start, end, _) in zip(items, spans, strict=False):
+            item["value"] |= {"start": start, "end": end}
+    folder = tmp_path_factory.getbasetemp()
+    corpus = read_tasks(folder, {"data": {"text": text}, "annotations": [{"result": items}]})
+    tags = corpus.sentences[0].tags
+    found = [[start, end, kind] for kind, start, end in decoding.spans(tags)]
+    if in_utf16:  # where all copies of the entities are found by characters too, nothing tells the two apart
+        expected = [text[start:end].split() for start, end, _ in spans]
+        assert [text[start:end].split() for start, end, _ in found] == expected
+    else:
+        assert found == spans

@@ -185,10 +185,10 @@ def _task(text: str, task: dict) -> Record | None:
         if not isinstance(value, dict):  # a relation
             continue
         if "labels" in value or "hypertextlabels" in value:
-            entities += [_in_characters(text, entity) for entity in _entities(value)]
+            entities += _entities(value)
         elif "start" in value:  # no choice for the whole text, but a span
             notes.append("unnamed")
-    return Record(text, entities, notes)
+    return Record(text, _in_characters(text, entities), notes)
 
 
 def _entities(item: Any) -> list[Entity]:
@@ -235,22 +235,34 @@ def _cluener(labels: dict) -> list[Entity]:
         raise Unreadable(f"{_show(labels)} is not CLUENER's {{type: {{entity: [[start, end]]}}}}") from None
 
 
-def _in_characters(text: str, entity: Entity) -> Entity:
-    """Return an entity of Label Studio with offsets in characters: it may count UTF-16 code units, as browsers do."""
-    if entity.text is None or text.isascii() or _agrees(text[entity.start : entity.end], entity.text):
-        return entity
-    units = text.encode("utf-16-le")
-    before, inside = units[: 2 * entity.start], units[2 * entity.start : 2 * entity.end]
-    if not 0 <= entity.start < entity.end <= len(units) // 2:
-        return entity
-    start = len(before.decode("utf-16-le", "replace"))
-    found = inside.decode("utf-16-le", "replace")
-    return entity._replace(start=start, end=start + len(found)) if _agrees(found, entity.text) else entity
+def _in_characters(text: str, entities: list[Entity]) -> list[Entity]:
+    """Return the entities of a task with offsets in characters.
+
+    Label Studio counts them so since its pull request 1559; before, it counted UTF-16 code units, as browsers do. They
+    are taken as these only where that fits all entities of the task, and characters do not.
+    """
+    if text.isascii() or all(_fits(text, entity) for entity in entities):
+        return entities
+    character_at = [index for index, char in enumerate(text) for _ in range(1 + (char > "\uffff"))] + [len(text)]
+    last = len(character_at) - 1
+    converted = [
+        entity._replace(start=character_at[min(entity.start, last)], end=character_at[min(entity.end, last)])
+        for entity in entities
+        if entity.start >= 0
+    ]
+    return converted if len(converted) == len(entities) and all(_fits(text, e) for e in converted) else entities
+
+
+def _fits(text: str, entity: Entity) -> bool:
+    """Whether an entity lies in the text, and is there what the record says of it."""
+    inside = 0 <= entity.start < entity.end <= len(text)
+    return inside and (entity.text is None or _agrees(text[entity.start : entity.end], entity.text))
 
 
 def _agrees(text: str, said: str) -> bool:
     """Whether a record's own copy of an entity is its text; tools trim white space and rewrite line ends."""
-    return "".join(text.split()) == "".join(said.replace("\\n", "").split())
+    one, other = ("".join(copy.replace("\\n", "").split()) for copy in (text, said))
+    return one == other
 
 
 def _checked(text: str, entity: Entity) -> tuple[int, int, str]:
@@ -258,10 +270,10 @@ def _checked(text: str, entity: Entity) -> tuple[int, int, str]:
     start, end, type_, said = entity
     if not 0 <= start < end <= len(text):
         raise Unreadable(f"{_show([start, end, type_])} is empty or outside its text of {len(text)} characters")
-    if said is not None and not _agrees(text[start:end], said):
+    if not _fits(text, entity):
         raise Unreadable(
-            f"the text from {start} to {end} is {quote(text[start:end])}, not {quote(said)}; offsets count characters "
-            "from 0, the end is not part of the entity (in CLUENER it is)"
+            f"the text from {start} to {end} is {quote(text[start:end])}, not {quote(str(said))}; offsets count "
+            "characters from 0, the end is not part of the entity (in CLUENER it is)"
         )
     if LONE_SURROGATE.search(type_):
         raise Unreadable(f"half a surrogate pair in the type {_show(type_)}; write another type")
