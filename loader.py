@@ -27,7 +27,11 @@ Paint = Callable[[str, str], str]
 @command
 def main(argv: list[str] | None = None) -> None:
     """Print what the files hold that the command line names."""
-    parser = argparse.ArgumentParser(description="Shows what tagged files hold, and warns of what spoils a training.")
+    parser = argparse.ArgumentParser(
+        description="Shows what tagged files hold, and warns of what spoils a training.",
+        epilog="examples:\n" + "\n".join((__doc__ or "").splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="tagged files, the training file first; or hub:NAME")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
