@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import main
-from ner import checkpoint
+from ner import checkpoint, losses
 from ner import model as models
 from ner import run as folder
 from ner import scores as scoring
@@ -216,16 +216,16 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path, capsys):
 def test_what_is_not_finite_ends_the_run_with_all_that_is_needed(tmp_path, monkeypatch, capsys, kind):
     calls = []
 
-    def loss_sum(logits, labels, real=models.loss_sum):
-        loss, count = real(logits, labels)
+    def token_loss(logits, labels, real=losses.token_loss, **keys):
+        loss = real(logits, labels, **keys)
         calls.append(1)
         if len(calls) == 16:  # the third step of the second epoch
             if kind == "loss":
-                return loss * math.nan, count
+                return loss * math.nan
             logits.register_hook(lambda gradient: gradient * math.inf)
-        return loss, count
+        return loss
 
-    monkeypatch.setattr(models, "loss_sum", loss_sum)
+    monkeypatch.setattr(losses, "token_loss", token_loss)
     assert ended(runs.argv(tmp_path, max_train_sentences=200, warmup_ratio=0)) == 2
     text, run = capsys.readouterr().err, tmp_path / "run"
     assert "epoch 2, step 3" in text and text.count("\n") == 1
@@ -246,21 +246,20 @@ def test_a_learning_rate_from_another_world_is_caught(tmp_path, capsys):
 
 
 def scarce(limit):
-    """loss_sum of a device that has memory for `limit` windows."""
+    """Return the loss of a device that has memory for `limit` windows."""
 
-    def loss_sum(logits, labels, real=models.loss_sum):
+    def token_loss(logits, labels, real=losses.token_loss, **keys):
         if len(labels) > limit:
-            loss, _ = real(logits, labels)
-            loss.backward()  # half a gradient is there already when memory runs out
+            real(logits, labels, **keys).backward()  # half a gradient is there already when memory runs out
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(logits, labels)
+        return real(logits, labels, **keys)
 
-    return loss_sum
+    return token_loss
 
 
 def test_out_of_memory_halves_the_batch_and_computes_the_same(tmp_path, monkeypatch):
     main.main(runs.argv(tmp_path, run="whole", dropout=0))
-    monkeypatch.setattr(models, "loss_sum", scarce(5))
+    monkeypatch.setattr(losses, "token_loss", scarce(5))
     assert ended(runs.argv(tmp_path, dropout=0)) == 0
     said = [line for line in log(tmp_path / "run").splitlines() if "out of memory" in line]
     assert len(said) == 2 and "16 windows x" in said[0] and "is 8 windows" in said[0] and "is 4 windows" in said[1]
@@ -271,16 +270,16 @@ def test_out_of_memory_halves_the_batch_and_computes_the_same(tmp_path, monkeypa
 
 
 def test_no_memory_for_a_single_window_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "loss_sum", scarce(0))
+    monkeypatch.setattr(losses, "token_loss", scarce(0))
     assert ended(runs.argv(tmp_path)) == 2
     assert "out of memory on one window of" in capsys.readouterr().err
 
 
 def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
-    def loss_sum(*_):
+    def token_loss(*_, **__):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(models, "loss_sum", loss_sum)
+    monkeypatch.setattr(losses, "token_loss", token_loss)
     with pytest.raises(RuntimeError, match="something else"):
         main.main(runs.argv(tmp_path))
 
