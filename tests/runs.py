@@ -15,8 +15,22 @@ from pathlib import Path
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = ["main", "torch", "transformers", "peft", "accelerate", "ner.model", "ner.tagging", "ner.distributed", "ner.kernels", "ner.report",
-           "ner.export", "seqeval.metrics.v1", "seqeval.scheme", "tqdm.contrib.logging"]  # fmt: skip
+IMPORTS = [
+    "main",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "ner.model",
+    "ner.tagging",
+    "ner.distributed",
+    "ner.kernels",
+    "ner.report",
+    "ner.export",
+    "seqeval.metrics.v1",
+    "seqeval.scheme",
+    "tqdm.contrib.logging",
+]
 
 
 @functools.cache
@@ -47,7 +61,7 @@ class Process:
     """main.py in a process of its own. `environment`: variables it gets; `output`: all that it printed."""
 
     def __init__(self, arguments: list[str], environment: dict | None = None, folder=None):
-        self._file = tempfile.NamedTemporaryFile(suffix=".txt")
+        self._file = tempfile.NamedTemporaryFile(suffix=".txt")  # noqa: SIM115  (it lives as long as this object)
         self._process = _server().Process(
             target=_child, args=(list(map(str, arguments)), self._file.name, environment or {}, folder or ROOT)
         )

@@ -17,8 +17,14 @@ John Smith lives in New York and works for the United Nations.
 PEOPLE = ["江泽民", "张伟", "王芳", "李娜", "周小川", "比尔·盖茨"]
 PLACES = ["北京", "上海", "香港", "武汉", "深圳", "广州"]
 GROUPS = ["联合国", "新华社", "中国人民银行", "东京大学"]
-PATTERNS = ["{PER}在{LOC}会见了{PER}。", "{ORG}昨日宣布，将与{ORG}合作。", "{PER}出生于{LOC}，现在住在{LOC}；",
-            "据{ORG}报道，{PER}今天访问了{LOC}", "我们公司在{LOC}有五家分店！", "她没有回答。"]
+PATTERNS = [
+    "{PER}在{LOC}会见了{PER}。",
+    "{ORG}昨日宣布，将与{ORG}合作。",
+    "{PER}出生于{LOC}，现在住在{LOC}；",
+    "据{ORG}报道，{PER}今天访问了{LOC}",
+    "我们公司在{LOC}有五家分店！",
+    "她没有回答。",
+]
 
 
 def wordpiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
@@ -30,8 +36,15 @@ def wordpiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return _finish(tokenizer, folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-                   mask_token="[MASK]")
+    return _finish(
+        tokenizer,
+        folder,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
 
 
 def sentencepiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
@@ -43,8 +56,17 @@ def sentencepiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False)
-    return _finish(tokenizer, folder, pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>",
-                   bos_token="<s>", eos_token="</s>", mask_token="<mask>")
+    return _finish(
+        tokenizer,
+        folder,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+    )
 
 
 def bytelevel(folder=None, text: str = TEXT, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
@@ -52,12 +74,27 @@ def bytelevel(folder=None, text: str = TEXT, add_prefix_space: bool = False) -> 
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.train_from_iterator([text], trainers.BpeTrainer(
-        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=add_prefix_space)
-    return _finish(tokenizer, folder, pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>",
-                   bos_token="<s>", eos_token="</s>", mask_token="<mask>")
+    return _finish(
+        tokenizer,
+        folder,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+    )
 
 
 def _finish(tokenizer, folder, **specials) -> PreTrainedTokenizerFast:
@@ -73,8 +110,15 @@ def encoder(folder, tokenizer=None, positions: int = 128, seed: int = 0) -> Path
     from transformers import BertConfig, BertModel
 
     tokenizer = tokenizer or wordpiece()
-    settings = BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                          intermediate_size=64, max_position_embeddings=positions, pad_token_id=tokenizer.pad_token_id)
+    settings = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=positions,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(settings)
@@ -104,6 +148,6 @@ def sentences(count: int, seed: int = 0) -> list[tuple[list[str], list[str]]]:
 
 def corpus(path, count: int, seed: int = 0) -> Path:
     """Writes `count` such sentences as a BIO file at `path`."""
-    blocks = ("".join(f"{c} {t}\n" for c, t in zip(*sentence)) for sentence in sentences(count, seed))
+    blocks = ("".join(f"{c} {t}\n" for c, t in zip(*sentence, strict=True)) for sentence in sentences(count, seed))
     Path(path).write_text("\n".join(blocks), encoding="utf-8")
     return Path(path)
