@@ -141,8 +141,9 @@ def training_speed(chinese: bool) -> tuple[list[str], Rows]:
     head = ["training", "tokens/s", "against", "its tokens/s", "ratio", "F1", "peak memory, MB", "command", "measured"]
     rows = []
     for name in ("train-ner_data", "train-msra"):
-        measurement = load(name)
-        for tuning in measurement["runs"][0] if measurement else ():
+        if not (measurement := load(name)):
+            continue
+        for tuning in measurement["runs"][0]:
             runs = [run[tuning] for run in measurement["runs"]]
             for prefix, peer in PEERS.items():
                 if f"{prefix}tokens_per_second" not in runs[0]:
