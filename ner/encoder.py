@@ -5,6 +5,7 @@ called, and whatever it raises over files of strangers becomes a UserError here.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import warnings
@@ -30,10 +31,10 @@ def find(name: str) -> tuple[str, str]:
         return str(folder), str(folder)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
         raise UserError(f"{what}: there is no such folder; give one, or a hub name like google-bert/bert-base-chinese")
-    return _on_hub(name), name
+    return on_hub(name), name
 
 
-def _on_hub(name: str) -> str:
+def on_hub(name: str) -> str:
     """The folder of an encoder in the hub's local cache, else its name once the hub has answered for it."""
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
@@ -63,6 +64,20 @@ def weight_files(folder: Path) -> list[Path]:
     patterns = ("model*.safetensors", "model.safetensors.index.json")
     found = sorted(path for pattern in patterns for path in folder.glob(pattern))
     return found or sorted(folder.glob("pytorch_model*.bin*"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return {file name: sha256 in hexadecimal} of an encoder's weight files."""
+    return {file.name: sha256(file) for file in weight_files(folder)}
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal. Raises UserError where it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def check_weights(folder: Path, what: str) -> None:
@@ -162,7 +177,9 @@ def set_dropout(settings, dropout: float | None) -> None:
 def read_json(file: Path) -> dict:
     try:
         value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{file.absolute()}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON ({first_line(error)}); the file is damaged") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object; the file is damaged")
@@ -175,6 +192,8 @@ def read_tensors(file: Path, names_only: bool = False) -> dict:
     try:
         with safetensors.safe_open(file, "pt") as handle:
             return {name: None if names_only else handle.get_tensor(name) for name in handle.keys()}
+    except PermissionError as error:
+        raise UserError(f"{Path(file).absolute()}: cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"{file}: truncated or not safetensors ({reason}); fetch it or train again") from None

@@ -71,7 +71,7 @@ def merge(run: str | Path, folder: str | Path) -> Path:
     _check_new(folder)
     model, tokenizer, meta = models.load(run, merged=True)
     _refuse_virtual_tokens(meta, "merged")
-    meta = {**meta, "tuning": "full", "pretrained": str(Path(folder).absolute())}
+    meta = {**meta, "tuning": "full", "pretrained": str(Path(folder).absolute()), "encoder_sha256": {}}
     models.save(model, as_trained(tokenizer, meta), meta, folder)
     return Path(folder)
 
@@ -116,7 +116,8 @@ def write_onnx(run: str | Path, kind: str = "int8", dev: list[Sentence] | None =
             row = _write_int8(model, meta, samples, Path(temporary))
         if dev:
             _compare_on_dev(row, Path(temporary) / row.file, model, tokenizer, meta, dev)
-        (folder / "onnx.json").unlink(missing_ok=True)  # of the file that is replaced now
+        for name in ("onnx.json", *FILES.values()):  # a model folder has one file, and what is known of that one
+            (folder / name).unlink(missing_ok=True)
         with files.replacing(folder / row.file) as target:
             shutil.copyfile(Path(temporary) / row.file, target)
     record = {"format_version": RECORD_VERSION, **asdict(row)}

@@ -25,8 +25,11 @@ KEYS = {
     "pretrained": str,
     "virtual_tokens": int,
     "head": str,
+    "format_version": int,
+    "encoder_sha256": dict,
 }
-LATER: dict[str, Any] = {"head": "softmax"}  # keys that older models lack -> what these have
+FORMAT_VERSION = 1  # of ner.json; raise it when an older program would misread what is written
+LATER: dict[str, Any] = {"head": "softmax", "format_version": 0, "encoder_sha256": {}}  # keys that older models lack -> what these have
 CRF_FILE = "crf.safetensors"
 
 
@@ -55,6 +58,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise UserError(f"{file}: expected a JSON object; the file is damaged")
     meta = LATER | meta
+    if type(meta["format_version"]) is int and meta["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format_version {meta['format_version']} is newer than this program knows ({FORMAT_VERSION}); "
+            "update the program"
+        )
     for key, kind in KEYS.items():
         if type(meta.get(key)) is not kind:
             raise UserError(f"{file}: {key} is {meta.get(key)!r}; expected {kind.__name__}, the file is damaged")

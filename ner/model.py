@@ -7,7 +7,6 @@ is not such a place. What is made of a finished run (merge, export, card) is in 
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ import torch
 from ner import encoder, files
 from ner.config import ROOT
 from ner.errors import UserError
-from ner.meta import model_folder, read_meta, write_meta
+from ner.meta import FORMAT_VERSION, model_folder, read_meta, write_meta
 from ner.tunings import TUNINGS
 
 log = logging.getLogger("__main__")  # the run's log
@@ -48,8 +47,10 @@ def build(config, labels: list[str], unit: str, attention: str | None = None):
         "labels": list(labels), "unit": unit, "special_tokens": config.special_tokens,
         "max_length": _longest(model, config), "decode": config.decode, "tuning": config.tuning, "pretrained": name,
         "virtual_tokens": config.virtual_tokens if TUNINGS[config.tuning].virtual_tokens else 0,
-        "head": config.head,
+        "head": config.head, "format_version": FORMAT_VERSION, "encoder_sha256": {},
     }  # fmt: skip
+    if TUNINGS[config.tuning].adapter is not None:  # what is saved is then right with this very encoder alone
+        meta["encoder_sha256"] = encoder.digests(Path(encoder.find(config.pretrained)[0]))
     return _tune(model, config), tokenizer, meta
 
 
@@ -110,6 +111,9 @@ def load(folder, device="cpu", merged: bool = True, attention: str | None = None
     """
     folder = model_folder(folder)
     meta = read_meta(folder)
+    has_weights = encoder.weight_files(folder) or (folder / "adapter_config.json").exists()
+    if any(folder.glob("*.onnx")) and not has_weights:
+        raise UserError(f"{folder} is an ONNX export, without weights for PyTorch; take --engine onnx, or name the run")
     if TUNINGS[meta["tuning"]].adapter is None:
         encoder.check_weights(folder, str(folder))
         settings = encoder.read_settings(str(folder), str(folder))
@@ -190,12 +194,15 @@ def _load_adapter(folder: Path, meta: dict, merged: bool, attention: str | None)
     if not heads or heads[-1].shape[0] != len(meta["labels"]):
         raise UserError(f"{folder}: ner.json has {len(meta['labels'])} labels, the head in {file.name} "
                         f"{heads[-1].shape[0] if heads else 'is missing'}; they are not of one model")  # fmt: skip
+    _check_labels(folder, meta)
     source = _encoder_of(folder, meta)
     what = f"{folder} (encoder {source})"
     settings = encoder.read_settings(source, what, meta["labels"])
     model = encoder.read_model(source, what, settings, attention, new_head=True)
+    _check_encoder(folder, source, meta)
     adapter = encoder.read_json(settings_file)
-    if merged and TUNINGS[meta["tuning"]].merges_plainly and not any(adapter.get(key) for key in UNUSUAL):
+    is_plain = not any(adapter.get(key) for key in UNUSUAL) and not any("lora_embedding_" in name for name in tensors)
+    if merged and TUNINGS[meta["tuning"]].merges_plainly and is_plain:
         return merge_lora(model, tensors, adapter, folder)
     import peft
 
@@ -240,6 +247,30 @@ def merge_lora(model, tensors: dict, adapter: dict, folder: Path):
     return model
 
 
+def _check_encoder(folder: Path, source: str, meta: dict) -> None:
+    """Compare the encoder's weights with those that the adapter was trained on. Raises UserError where they differ."""
+    if not meta["encoder_sha256"]:
+        log.warning("%s was saved without a digest of its encoder: a change of %s would go unnoticed", folder, source)
+        return
+    place = Path(source) if Path(source).is_dir() else Path(encoder.find(source)[0])  # a hub name, downloaded by now
+    for name, digest in meta["encoder_sha256"].items():
+        if not (place / name).is_file() or encoder.sha256(place / name) != digest:
+            raise UserError(
+                f"{place / name}: changed since {folder} was trained on it (its sha256 is another), so the adapter and "
+                "its encoder do not fit; put the old file back, or train again"
+            )
+
+
+def _check_labels(folder: Path, meta: dict) -> None:
+    """Compare the labels of ner.json with those in the encoder's config. Raises UserError where they differ."""
+    file = folder / "encoder" / "config.json"
+    if not file.is_file():  # an adapter that was uploaded alone
+        return
+    names = encoder.read_json(file).get("id2label")
+    if names != {str(index): label for index, label in enumerate(meta["labels"])}:
+        raise UserError(f"{folder}: the labels of {file} and ner.json differ; one of them is of another model")
+
+
 def _encoder_of(folder: Path, meta: dict) -> str:
     """Where the encoder of a saved adapter lies: linked beside it, else where it was, else at its place under ROOT."""
     linked = folder / "encoder"
@@ -248,7 +279,7 @@ def _encoder_of(folder: Path, meta: dict) -> str:
         return str(linked)
     was = Path(meta["pretrained"])
     if not was.is_absolute():
-        return encoder.find(meta["pretrained"])[0]
+        return encoder.on_hub(meta["pretrained"])  # never a folder that happens to have that name
     for place in [was, *(ROOT.joinpath(*was.parts[i:]) for i in range(1, len(was.parts)))]:
         if (place / "config.json").is_file():
             return encoder.find(str(place))[0]

@@ -606,3 +606,71 @@ def test_a_run_folder_is_taken_for_its_model(saved, tmp_path):
     assert model.load(tmp_path)[2]["tuning"] == "full"
     with pytest.raises(UserError, match="no ner.json, so it is no saved model"):
         model.load(tmp_path / "nosuch")
+
+
+def test_an_encoder_that_changed_under_an_adapter_is_noticed(saved, tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(saved, "lora", tmp_path)
+    file = folder / "encoder" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, file, {"format": "pt"})
+    assert str(file) in damage(folder) and "changed since" in damage(folder)
+    known = json.loads((folder / "ner.json").read_text())
+    del known["encoder_sha256"], known["format_version"]  # as older runs are
+    (folder / "ner.json").write_text(json.dumps(known))
+    assert model.load(folder)[2]["encoder_sha256"] == {}
+    assert "saved without a digest of its encoder" in caplog.text
+
+
+@pytest.mark.parametrize("tuning", ["lora", "dora", "prefix"])
+def test_labels_that_were_renamed_in_ner_json_are_noticed(saved, tmp_path, tuning):
+    folder = copied(saved, tuning, tmp_path)
+    edit(folder / "ner.json", labels=[LABELS[0], *LABELS[3:], *LABELS[1:3]])
+    assert "labels of" in damage(folder) and "ner.json differ" in damage(folder)
+    edit(folder / "ner.json", labels=[*LABELS[:4], "XB-PERSON"])
+    assert "'XB-PERSON' is no IOB2 tag" in damage(folder)
+
+
+def test_a_newer_format_says_so(saved, tmp_path):
+    folder = copied(saved, "full", tmp_path)
+    edit(folder / "ner.json", format_version=meta_file.FORMAT_VERSION + 1)
+    assert "is newer than this program knows" in damage(folder) and "ner.json" in damage(folder)
+
+
+def test_unreadable_is_not_damaged(saved, tmp_path, monkeypatch):
+    folder = copied(saved, "lora", tmp_path)
+    real = Path.read_text
+
+    def refuse(path, *rest, **keys):
+        if path.name == "adapter_config.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest, **keys)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert "cannot be read: Permission denied" in damage(folder) and "is damaged" not in damage(folder)
+
+
+def test_an_onnx_export_says_what_it_is(saved, tmp_path):
+    folder = copied(saved, "full", tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.onnx").touch()
+    assert "is an ONNX export" in damage(folder)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "rslora", "dora"])
+def test_adapters_on_embeddings_are_saved_and_loaded(encoders, tmp_path, tuning):
+    network, tokenizer, meta = built(
+        encoders["bert"], "--tuning", tuning, "--lora.target_modules", "word_embeddings,query"
+    )
+    model.save(network, tokenizer, meta, tmp_path / "model")
+    for merged in (True, False):
+        loaded = model.load(tmp_path / "model", merged=merged)[0]
+        torch.testing.assert_close(logits(loaded), logits(network), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_runs_that_were_saved_before_format_versions_load(name):
+    network, _, meta = model.load(config.ROOT / "tests" / "saved_runs" / name)
+    assert meta["format_version"] == 0 and meta["tuning"] == name
+    assert torch.isfinite(network(torch.arange(5, 15)[None]).logits).all()
