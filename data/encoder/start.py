@@ -1,4 +1,4 @@
-"""What training starts from: a vocabulary of characters, its tokenizer, and e5's layers and embeddings as a BertModel."""
+"""What training starts from: a vocabulary of characters, its tokenizer, and e5's layers and embeddings as a BERT."""
 
 import collections
 import contextlib
@@ -75,7 +75,9 @@ def _word_embeddings(file: E5File, vocab: dict[str, int]) -> torch.Tensor:
     one character that e5 knows, else from the mean of all ideographs."""
     row = {piece: i for i, piece in enumerate(file.pieces)}
     words = file.tensors["emb.word"].view(file.header["vocab"], -1)
-    ideographs = [row[c] for c in vocab if c in row and "CJK UNIFIED" in (unicodedata.name(c, "") if len(c) == 1 else "")]
+    ideographs = [
+        row[c] for c in vocab if c in row and "CJK UNIFIED" in (unicodedata.name(c, "") if len(c) == 1 else "")
+    ]
     table = words[ideographs].mean(0).repeat(len(vocab), 1)
     missing = 0
     for token, i in vocab.items():

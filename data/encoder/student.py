@@ -11,15 +11,14 @@ from transformers import BertModel
 
 @dataclass
 class Batch:
-    """Tensors of a batch on the student's device. What is not asked for is None."""
+    """Tensors of a batch, on the student's device."""
 
-    texts: list[str]
     ids: torch.Tensor  # int64 [rows, length]
     mask: torch.Tensor  # int64 [rows, length]
     tags: torch.Tensor  # int64 [rows, length, TOP]: the likeliest tags of the lexical analyser
     shares: torch.Tensor  # float32 [rows, length, TOP]: their probabilities; 0 where no character is
-    masked: torch.Tensor | None = None  # int64 [masked characters, filled up]: places in the flattened batch
-    originals: torch.Tensor | None = None  # int64, the same shape: what stood there; -100 where only filled up
+    masked: torch.Tensor  # int64 [masked characters, filled up]: places in the flattened batch
+    originals: torch.Tensor  # int64, the same shape: what stood there; -100 where only filled up
     gold: torch.Tensor | None = None  # int64 [rows, length]: gold tags; -100 where none is known
     vectors: torch.Tensor | None = None  # float32 [rows, length, width]: e5's; 0 where no character is
 
@@ -80,5 +79,6 @@ class Student(nn.Module):
 
 
 def variance(vectors: torch.Tensor) -> torch.Tensor:
-    """Variance of the vectors [rows, length, width] of a batch, mean over dimensions: the error of who knows nothing."""
+    """Variance of the vectors [rows, length, width] of a batch, mean over dimensions: the error of
+    one who knows nothing."""
     return vectors[vectors.any(-1)].var(0, correction=0).mean()

@@ -100,7 +100,9 @@ def collect(work: Path, paths: list[Path], held_out: HeldOut, limit: int | None)
     left = sum(map(held_out.repeats, pieces))
     print(
         f"text: {len(pieces)} pieces, {sum(map(len, pieces))} characters; {dropped} lines dropped that share {GRAM} "
-        f"characters with the held-out files ({len(held_out.grams)} such runs); {left} left that do", flush=True)
+        f"characters with the held-out files ({len(held_out.grams)} such runs); {left} left that do",
+        flush=True,
+    )
     assert left == 0
     write_whole(target, json.dumps(pieces, ensure_ascii=False).encode())
     return pieces

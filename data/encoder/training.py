@@ -7,14 +7,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from batches import Maker, Pieces
-from e5 import E5
+from batches import Maker, Piece, Pieces
 from safetensors import safe_open
 from safetensors.torch import save_file
-from student import Student, variance
+from student import Batch, Student, variance
 from torch import nn
 
 CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a training is: all that its data and its learning rate depend on."""
+
+    step: int = 0
+    characters: int = 0
+    batches: dict[str, int] = field(default_factory=lambda: {"text": 0, "gold": 0})
+
+    def count(self, stream: str, pieces: list[Piece]) -> None:
+        self.step += 1
+        self.batches[stream] += 1
+        self.characters += sum(len(piece.text) for piece in pieces)
 
 
 @dataclass
@@ -29,6 +42,7 @@ class Recipe:
     masking: str  # "words" or "spans"
     masked: float  # share of the text
     gold_every: int  # every so many batches one is of sentences with gold tags, in the last cycle
+    plain_share: float = 1.0  # of the pieces in which the analyser sees no entity only this share is used
     head_factor: float = 1.0  # the heads' learning rate is so many times the encoder's
     detached: float = 0.0  # share of the first cycle in which only the heads learn
 
@@ -36,34 +50,42 @@ class Recipe:
     def total(self) -> float:
         return sum(self.cycles)
 
+    def is_detached(self, done: float) -> bool:
+        """Whether only the heads learn, after `done` characters."""
+        return done < self.detached * self.cycles[0]
+
     def rate(self, done: float) -> float:
         """Return the learning rate after `done` characters: up, level, down to zero, in each cycle."""
-        if done < self.detached * self.cycles[0]:
+        if self.is_detached(done):
             return self.learning_rate  # new heads need no warm-up
         for length in self.cycles:
             if done < length:
-                return self.learning_rate * min(1, done / (self.warm_up * length), (length - done) / (self.decay * length))
+                rise, fall = done / (self.warm_up * length), (length - done) / (self.decay * length)
+                return self.learning_rate * min(1, rise, fall)
             done -= length
         return 0.0
 
+    def stream(self, progress: Progress) -> str:
+        """Return which stream the next batch is of, "text" or "gold"."""
+        in_last_cycle = progress.characters >= sum(self.cycles[:-1])
+        return "gold" if in_last_cycle and progress.step % self.gold_every == self.gold_every - 1 else "text"
 
-@dataclass
-class Progress:
-    step: int = 0
-    characters: int = 0
-    batches: dict[str, int] = field(default_factory=lambda: {"text": 0, "gold": 0})
+    def loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(self.objectives[name] * loss for name, loss in losses.items())
 
 
 class Optimizer:
     """AdamW on float32 copies of bfloat16 weights, which are written back after each step."""
 
     def __init__(self, student: Student, head_factor: float):
-        names, weights = zip(*student.named_parameters())
-        self.masters = {name: weight.detach().float().clone().requires_grad_() for name, weight in zip(names, weights)}
+        parameters = student.named_parameters()
+        self.masters = {name: weight.detach().clone().requires_grad_() for name, weight in parameters}
         student.to(torch.bfloat16)
         self.weights = dict(student.named_parameters())
-        groups = [{"params": [m for n, m in self.masters.items() if n.startswith("heads") == heads], "factor": factor}
-                  for heads, factor in ((False, 1.0), (True, head_factor))]  # fmt: skip
+        groups = [
+            {"params": [m for name, m in self.masters.items() if name.startswith("heads") == is_head], "factor": factor}
+            for is_head, factor in ((False, 1.0), (True, head_factor))
+        ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     @torch.no_grad()
@@ -92,9 +114,8 @@ class Optimizer:
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, master in self.masters.items():
             master.copy_(tensors[f"weight/{name}"])
-            state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
-            if state:
-                self.adamw.state[master] = state
+            if f"step/{name}" in tensors:  # the encoder has none while only the heads learn
+                self.adamw.state[master] = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
         self.write_back()
 
 
@@ -117,28 +138,32 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, device: str) -> Progress
 
 
 class Log:
-    """Means of the losses since the last line."""
+    """Prints a line every so many seconds, with the means of the losses since the last."""
 
     def __init__(self, total: float, progress: Progress, seconds: float):
-        self.total, self.seconds = total, seconds
+        self.total, self.seconds, self.first = total, seconds, progress.characters
         self.began = self.shown = time.time()
-        self.first = progress.characters
         self.sums: dict[str, list[float]] = {}
 
-    def add(self, **values: torch.Tensor) -> None:
-        for name, value in values.items():
-            self.sums.setdefault(name, []).append(value.item())
+    def add(self, losses: dict[str, torch.Tensor], batch: Batch) -> None:
+        if batch.vectors is not None:  # `vectors` in parts of the targets' variance: 1 is to know nothing
+            losses["share"] = losses["vectors"] / variance(batch.vectors)
+        for name, loss in losses.items():
+            self.sums.setdefault(name, []).append(loss.item())
 
     def show(self, progress: Progress, rate: float) -> None:
-        """Print a line, if it is time for one."""
+        """Print a line if it is time for one, and at the end."""
         if time.time() - self.shown < self.seconds and progress.characters < self.total:
             return
         self.shown = time.time()
         speed = (progress.characters - self.first) / (self.shown - self.began)
         losses = ", ".join(f"{name} {sum(values) / len(values):.4f}" for name, values in self.sums.items())
-        print(f"train: step {progress.step}, {progress.characters / 1e6:.3f} of {self.total / 1e6:.3f} M characters, "
-              f"{losses}, rate {rate:.2e}, {speed:.0f}/s, {(self.total - progress.characters) / speed / 60:.0f} min left",
-              flush=True)  # fmt: skip
+        done, left = f"{progress.characters / 1e6:.3f}", (self.total - progress.characters) / speed / 60
+        print(
+            f"train: step {progress.step}, {done} of {self.total / 1e6:.3f} M characters, {losses}, rate {rate:.2e}, "
+            f"{speed:.0f}/s, {left:.0f} min left",
+            flush=True,
+        )
         self.sums = {}
 
 
@@ -154,36 +179,35 @@ class Stop:
         self.requested = True
 
 
-def train(student: Student, recipe: Recipe, maker: Maker, text: Pieces, gold: Pieces | None, e5: E5 | None,
-          folder: Path, checkpoint_seconds: float, log_seconds: float = 60) -> None:  # fmt: skip
-    """Train the student as the recipe says, from the checkpoint in `folder` if there is one; its weights are float32
-    afterwards. The same seeds give the same weights, interrupted or not.
+def train(
+    student: Student,
+    recipe: Recipe,
+    maker: Maker,
+    streams: dict[str, Pieces],
+    folder: Path,
+    checkpoint_seconds: float,
+    log_seconds: float = 60,
+) -> None:
+    """Train the student as the recipe says, from the checkpoint in `folder` if there is one; afterwards its weights are
+    float32. streams: "text" and, where there are sentences with gold tags, "gold". Interrupted or not, the result is
+    the same.
 
-    The recipe's lengths may be others than before the interruption: the rate then goes on where theirs is."""
+    After an interruption the recipe may have other lengths: the learning rate goes on as theirs. Raises SystemExit when
+    it was stopped by a signal."""
     optimizer = Optimizer(student, recipe.head_factor)
     progress = load_checkpoint(folder, optimizer, maker.device)
+    batches = {name: stream.batches(progress.batches[name]) for name, stream in streams.items()}
     log, stop, saved = Log(recipe.total, progress, log_seconds), Stop(), time.time()
-    streams = {"text": text.batches(progress.batches["text"])}
-    if gold:
-        streams["gold"] = gold.batches(progress.batches["gold"])
     while progress.characters < recipe.total:
-        in_last_cycle = progress.characters >= sum(recipe.cycles[:-1])
-        is_gold = gold is not None and in_last_cycle and progress.step % recipe.gold_every == recipe.gold_every - 1
-        pieces = next(streams["gold" if is_gold else "text"])
-        batch = maker.make(pieces, progress.step)
-        if e5:
-            batch.vectors = e5.vectors(batch.texts, batch.ids.shape[1])
-        losses = student(batch, detached=progress.characters < recipe.detached * recipe.cycles[0])
-        sum(recipe.objectives[name] * loss for name, loss in losses.items()).backward()
+        stream = recipe.stream(progress) if "gold" in streams else "text"
+        pieces = next(batches[stream])
+        batch = maker.make(pieces, seed=progress.step)
+        losses = student(batch, recipe.is_detached(progress.characters))
+        recipe.loss(losses).backward()
         rate = recipe.rate(progress.characters)
         optimizer.step(rate)
-
-        progress.step += 1
-        progress.batches["gold" if is_gold else "text"] += 1
-        progress.characters += sum(len(text) for text, *_ in pieces)
-        if e5:
-            losses["share"] = losses["vectors"] / variance(batch.vectors)
-        log.add(**losses)
+        progress.count(stream, pieces)
+        log.add(losses, batch)
         log.show(progress, rate)
         if stop.requested or time.time() - saved > checkpoint_seconds:
             save_checkpoint(folder, optimizer, progress)
