@@ -67,7 +67,7 @@ def write_e5(path, rng):
         count = int(np.prod(shape))
         quantised = len(shape) == 2 and name not in ("emb.pos", "emb.type")
         if quantised:
-            scale = (rng.random(count // 32) / 4 - 1 / 8).astype("<f2")
+            scale = (rng.random(count // 32) / 16 - 1 / 32).astype("<f2")
             codes = rng.integers(0, 16, (count // 32, 32)).astype(np.uint8)
             blob = np.concatenate([scale[:, None].view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], 1).tobytes()
             expected[name] = ((codes.astype(np.float32) - 8) * scale.astype(np.float32)[:, None]).ravel()
