@@ -81,10 +81,10 @@ def plan(lengths: list[int], batch_characters: int, seed: str) -> list[list[int]
 
     All rows of a batch are as long as the longest, rounded up to STEP, and as many as fill `batch_characters`."""
     rng = random.Random(seed)
-    groups = collections.defaultdict(list)
+    groups: dict[int, list[int]] = collections.defaultdict(list)
     for i, length in enumerate(lengths):
         groups[padded(length)].append(i)
-    batches = []
+    batches: list[list[int]] = []
     for length, group in sorted(groups.items()):
         rng.shuffle(group)
         rows = max(1, batch_characters // length)

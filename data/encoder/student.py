@@ -23,6 +23,19 @@ class Batch:
     vectors: torch.Tensor | None = None  # float32 [rows, length, width]: e5's; 0 where no character is
 
 
+class MaskedHead(nn.Module):
+    """Scores of all characters at masked places, by the word embeddings (BERT, Devlin et al. 2019)."""
+
+    def __init__(self, hidden: int, words: int):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
+        self.bias = nn.Parameter(torch.zeros(words))
+
+    def forward(self, states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """states [places, hidden], words [vocabulary, hidden] -> [places, vocabulary]"""
+        return F.linear(self.norm(F.gelu(self.dense(states))), words, self.bias)
+
+
 class Student(nn.Module):
     """A BertModel and one head for each objective: `tags`, `masked`, `gold`, `vectors`."""
 
@@ -33,8 +46,7 @@ class Student(nn.Module):
         if "tags" in objectives:
             heads["tags"] = nn.Linear(hidden, TAGS)
         if "masked" in objectives:
-            heads["masked"] = nn.ModuleDict({"dense": nn.Linear(hidden, hidden), "norm": nn.LayerNorm(hidden)})
-            heads["masked"].register_parameter("bias", nn.Parameter(torch.zeros(words)))
+            heads["masked"] = MaskedHead(hidden, words)
         if "gold" in objectives:
             heads["gold"] = nn.Linear(hidden, gold_tags)
         if "vectors" in objectives:
@@ -66,9 +78,8 @@ class Student(nn.Module):
 
     def _masked(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the characters that were masked, mean over them."""
-        head, words = self.heads["masked"], self.encoder.embeddings.word_embeddings.weight
-        hidden = head["norm"](F.gelu(head["dense"](states.flatten(0, 1)[batch.masked])))
-        scores = F.linear(hidden, words, head.bias).float()
+        words = self.encoder.embeddings.word_embeddings.weight
+        scores = self.heads["masked"](states.flatten(0, 1)[batch.masked], words).float()
         return F.cross_entropy(scores, batch.originals, reduction="sum") / (batch.originals >= 0).sum().clamp(min=1)
 
     def _vectors(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -81,7 +81,9 @@ def collect(work: Path, paths: list[Path], held_out: HeldOut, limit: int | None)
     target = work / "text.json"
     if target.exists():
         return json.loads(target.read_text(encoding="utf-8"))
-    rng, seen, pieces, dropped = random.Random(0), set(), [], 0
+    rng, dropped = random.Random(0), 0
+    seen: set[str] = set()
+    pieces: list[str] = []
     for path in paths:
         before = len(pieces)
         for line in read_lines(path):

@@ -71,7 +71,7 @@ class Recipe:
         return "gold" if in_last_cycle and progress.step % self.gold_every == self.gold_every - 1 else "text"
 
     def loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        return sum(self.objectives[name] * loss for name, loss in losses.items())
+        return torch.stack([self.objectives[name] * loss for name, loss in losses.items()]).sum()
 
 
 class Optimizer:
