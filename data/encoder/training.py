@@ -131,7 +131,8 @@ def load_checkpoint(folder: Path, optimizer: Optimizer, device: str) -> Progress
     if not (folder / CHECKPOINT).exists():
         return Progress()
     with safe_open(folder / CHECKPOINT, "pt", device=device) as file:
-        optimizer.restore({name: file.get_tensor(name) for name in file.keys()})
+        names = file.keys()
+        optimizer.restore({name: file.get_tensor(name) for name in names})
         progress = Progress(**json.loads(file.metadata()["progress"]))
     print(f"train: goes on at step {progress.step}, {progress.characters} characters", flush=True)
     return progress
