@@ -157,7 +157,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=here, help="folder of the finished encoder")
     add("--start", type=Path, help="folder of an encoder to go on from, in place of steps 3 and 4")
     add("--characters", type=float, nargs="+", default=CYCLES, metavar="N", help=CYCLES_HELP)
-    add("--distill", type=float, default=12e6, metavar="N", help=DISTILL_HELP)
+    add("--distill", type=float, default=10.8e6, metavar="N", help=DISTILL_HELP)
     add("--e5-layers", type=int, default=8, help="e5's vectors are those after this layer (default 8 of its 12)")
     add("--pieces", type=int, help="take only this many pieces of text")
     add("--batch-characters", type=int, default=3072)
