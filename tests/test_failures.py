@@ -23,6 +23,12 @@ from ner import run as folder
 from ner import scores as scoring
 
 
+@pytest.fixture(autouse=True, scope="module")
+def world():
+    """Make the tiny corpus and encoder before a test reads what was printed."""
+    runs.world()
+
+
 @contextlib.contextmanager
 def full_disk(room: int = 1000):
     """Meanwhile the system refuses to write a file past `room` bytes."""
@@ -159,9 +165,7 @@ def test_an_output_folder_that_cannot_be_made_is_named_at_once(tmp_path, capsys,
 
 def test_train_without_an_entity_is_refused_before_training(tmp_path, capsys):
     (tmp_path / "train").write_text("北 O\n京 O\n\n好 O\n", "utf-8")
-    argv = runs.argv(tmp_path / "out", train=tmp_path / "train")
-    capsys.readouterr()
-    assert ended(argv) == 2
+    assert ended(runs.argv(tmp_path / "out", train=tmp_path / "train")) == 2
     text = capsys.readouterr().err
     assert "no entity" in text and str(tmp_path / "train") in text and text.count("\n") == 1
     assert not list((tmp_path / "out").iterdir())
