@@ -113,6 +113,7 @@ def peer(options):
                 seed=options.seeds[0],
                 disable_tqdm=True,
                 bf16=options.tuned or torch.cuda.is_available(),
+                use_cpu=not torch.cuda.is_available(),
                 **grouped(options.tuned),
             ),
         )
