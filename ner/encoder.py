@@ -9,61 +9,78 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ner.config import resolve_path
 from ner.errors import UserError
+from ner.paths import resolve_path
 
-ANSWER_SECONDS = 5  # that the hub is given
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+ANSWER_SECONDS = 5  # how long the hub may take to answer
+DROPOUT_KEYS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),  # of BERT and its kin
+    *("dropout", "attention_dropout"),  # of DistilBERT
+)
 
 
 def find(name: str) -> tuple[str, str]:
-    """(what transformers loads, what ner.json remembers): twice an absolute path for a folder, a name for the hub's."""
-    folder, what = resolve_path(name), f"pretrained {name}"
+    """Return (what transformers loads, what ner.json remembers) of an encoder that config.yaml names.
+
+    For a folder both are its absolute path. For one on the hub the second is its name, the first its folder in the
+    hub's cache, or the name while it is not there. Raises UserError where there is no such encoder.
+    """
+    folder, title = resolve_path(name), f"pretrained {name}"
     if folder is not None:
         if not folder.is_dir():
-            raise UserError(f"{what} is a file; expected a folder with config.json, weights and tokenizer")
+            raise UserError(f"{title} is a file; expected a folder with config.json, weights and tokenizer")
         if not (folder / "config.json").is_file():
-            raise UserError(f"{what}: no config.json in {folder}; expected an encoder as transformers saves it")
-        check_weights(folder, what)
+            raise UserError(f"{title}: no config.json in {folder}; expected an encoder as transformers saves it")
+        check_weights(folder, title)
         return str(folder), str(folder)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "-")):
-        raise UserError(f"{what}: there is no such folder; give one, or a hub name like google-bert/bert-base-chinese")
+        raise UserError(f"{title}: there is no such folder; give one, or a hub name like google-bert/bert-base-chinese")
     return on_hub(name), name
 
 
 def on_hub(name: str) -> str:
-    """The folder of an encoder in the hub's local cache, else its name once the hub has answered for it."""
+    """Return the folder of an encoder in the hub's local cache, else its name once the hub has answered for it.
+
+    Raises UserError where the hub does not answer, does not have it or does not give it away.
+    """
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
     cached = hub.try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str) and any(path.exists() for path in weight_files(Path(cached).parent)):
         return str(Path(cached).parent)
-    what, endpoint = f"pretrained {name}", constants.ENDPOINT
+    title, endpoint = f"pretrained {name}", constants.ENDPOINT
     try:
         url = hub.hf_hub_url(name, "config.json", endpoint=endpoint)
         hub.get_hf_file_metadata(url, timeout=ANSWER_SECONDS, endpoint=endpoint)
     except errors.GatedRepoError:
-        raise UserError(f"{what}: the hub asks for a login; run `hf auth login` or give a local folder") from None
+        raise UserError(f"{title}: the hub asks for a login; run `hf auth login` or give a local folder") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{what}: neither a folder here nor a model on {endpoint}") from None
+        raise UserError(f"{title}: neither a folder here nor a model on {endpoint}") from None
     except errors.EntryNotFoundError:
-        raise UserError(f"{what}: no config.json on {endpoint}, so it is no transformers model") from None
+        raise UserError(f"{title}: no config.json on {endpoint}, so it is no transformers model") from None
     except Exception as error:  # refused, timed out, no name server, a proxy's page: all the same to the user
         raise UserError(
-            f"{what}: no such folder here, and the hub at {endpoint} does not answer ({type(error).__name__}); set "
+            f"{title}: no such folder here, and the hub at {endpoint} does not answer ({type(error).__name__}); set "
             "HF_ENDPOINT to a mirror, as in HF_ENDPOINT=https://MIRROR, or give a local folder"
         ) from None
     return name
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """Return the files with the weights of a saved model, safetensors where there are some; [] where there are none."""
     patterns = ("model*.safetensors", "model.safetensors.index.json")
-    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    return found or sorted(folder.glob("pytorch_model*.bin*"))
+    safe = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return safe or sorted(folder.glob("pytorch_model*.bin*"))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -80,17 +97,23 @@ def sha256(file: Path) -> str:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def check_weights(folder: Path, what: str) -> None:
+def check_weights(folder: Path, title: str) -> None:
+    """Raise UserError where a folder has no weights, or safetensors that cannot be read."""
     files = weight_files(folder)
     if not files:
-        raise UserError(f"{what}: there are no weights in {folder}; expected model.safetensors")
+        raise UserError(f"{title}: there are no weights in {folder}; expected model.safetensors")
     for file in files:
         if file.suffix == ".safetensors":
-            read_tensors(file, names_only=True)
+            with _opened(file):
+                pass
 
 
-def read_settings(source: str, what: str, labels: list[str] | None = None):
-    """The encoder's transformers config, with the labels in it where they are given."""
+def read_settings(source: str, title: str, labels: list[str] | None = None) -> "PretrainedConfig":
+    """Return the encoder's transformers config, with the labels in it where they are given.
+
+    source: what `find` gives. title: how errors name the encoder. Raises UserError where the config cannot be read or
+    its kind of model has no head for token classification.
+    """
     from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, AutoConfig
 
     extra = {}
@@ -100,81 +123,102 @@ def read_settings(source: str, what: str, labels: list[str] | None = None):
         try:
             settings = AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
         except Exception as error:  # transformers raises half a dozen kinds for a wrong config.json
-            raise UserError(f"{what}: config.json cannot be used: {first_line(error)}") from None
+            raise UserError(f"{title}: config.json cannot be used: {first_line(error)}") from None
     if type(settings) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        raise UserError(f"{what}: {settings.model_type} has no token-classification head in transformers; "
-                        "take an encoder such as BERT, RoBERTa, ELECTRA or DeBERTa")  # fmt: skip
+        raise UserError(
+            f"{title}: {settings.model_type} has no token-classification head in transformers; take an encoder such as "
+            "BERT, RoBERTa, ELECTRA or DeBERTa"
+        )
     return settings
 
 
-def read_model(source: str, what: str, settings, attention: str | None, new_head: bool):
-    """The model in float32. Every weight must come from the files, but for those of a new head."""
+def read_model(
+    source: str, title: str, settings: "PretrainedConfig", attention: str | None, new_head: bool
+) -> "PreTrainedModel":
+    """Return the model in float32. Every weight comes from the files, but for those of a new head.
+
+    attention: transformers' name of an attention implementation, its own choice where None. new_head: the head is
+    drawn anew where the files have none, or one for other labels. Raises UserError where a weight is missing.
+    """
     from transformers import AutoModelForTokenClassification
 
     extra = {"attn_implementation": attention} if attention else {}
     with quiet():
         try:
             model, info = AutoModelForTokenClassification.from_pretrained(
-                source, config=settings, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
-                ignore_mismatched_sizes=new_head, **extra,
-            )  # fmt: skip
+                source,
+                config=settings,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=new_head,
+                **extra,
+            )
         except Exception as error:  # truncated files, wrong shapes, a hub that went away: as many exception types
-            raise UserError(f"{what}: the weights cannot be loaded: {first_line(error)}") from None
-    fresh = heads(model) if new_head else []
+            raise UserError(f"{title}: the weights cannot be loaded: {first_line(error)}") from None
+    drawn = heads(model) if new_head else []
     names = list(info["missing_keys"]) + [key[0] for key in info["mismatched_keys"]]
-    lost = sorted(name for name in names if name.split(".")[0] not in fresh)
-    if lost:
-        raise UserError(f"{what}: the weights do not fit config.json: {len(lost)} are missing or of another shape, "
-                        f"the first is {lost[0]}")  # fmt: skip
+    missing = sorted(name for name in names if name.split(".")[0] not in drawn)
+    if missing:
+        raise UserError(
+            f"{title}: the weights do not fit config.json: {len(missing)} are missing or of another shape, "
+            f"the first is {missing[0]}"
+        )
     return model
 
 
-def read_tokenizer(source: str, what: str, unit: str):
-    """The fast tokenizer; for words, a byte-level one takes each as if a space came before it."""
+def read_tokenizer(source: str, title: str, unit: str) -> "PreTrainedTokenizerFast":
+    """Return the fast tokenizer; for words, a byte-level one takes each as if a space came before it.
+
+    Raises UserError where there is none, or only a slow one.
+    """
     from transformers import AutoTokenizer
 
+    tokenizer: Any
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
-            raise UserError(f"{what}: the tokenizer cannot be loaded: {first_line(error)}") from None
+            raise UserError(f"{title}: the tokenizer cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise UserError(f"{what}: it has no fast tokenizer (tokenizer.json); save one with transformers")
+        raise UserError(f"{title}: it has no fast tokenizer (tokenizer.json); save one with transformers")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"{what}: there is no tokenizer in it; expected tokenizer.json or vocab.txt beside the weights")
+        raise UserError(
+            f"{title}: there is no tokenizer in it; expected tokenizer.json or vocab.txt beside the weights"
+        )
     if unit == "word" and '"ByteLevel"' in tokenizer.backend_tokenizer.to_str():
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        _prefix_space(state["pre_tokenizer"])
+        _add_prefix_space(state["pre_tokenizer"])
         tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
-def _prefix_space(node) -> None:
-    for inner in node.get("pretokenizers", [node]) if node else []:
-        if inner.get("type") == "ByteLevel":
-            inner["add_prefix_space"] = True
+def _add_prefix_space(pre_tokenizer: dict[str, Any] | None) -> None:
+    """Set add_prefix_space in a pre-tokenizer, as tokenizer.json has it, or in the parts of a sequence of them."""
+    for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []:
+        if part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = True
 
 
-def heads(model) -> list[str]:
-    """Names of the modules that turn hidden states into logits: all that is not the encoder and has weights."""
-    return [name for name, module in model.named_children()
-            if name != model.base_model_prefix and any(True for _ in module.parameters())]  # fmt: skip
+def heads(model: "PreTrainedModel") -> list[str]:
+    """Return the names of the modules that turn hidden states into logits: all beside the encoder that have weights."""
+    children = [(name, module) for name, module in model.named_children() if name != model.base_model_prefix]
+    return [name for name, module in children if next(module.parameters(), None) is not None]
 
 
-def set_dropout(settings, dropout: float | None) -> None:
+def set_dropout(settings: "PretrainedConfig", dropout: float | None) -> None:
+    """Set every dropout rate of the encoder; None leaves it its own."""
     if dropout is None:
         return
-    for part in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):  # BERT and its kin
-        if hasattr(settings, part):
-            setattr(settings, part, dropout)
-    for part in ("dropout", "attention_dropout"):  # DistilBERT
-        if hasattr(settings, part):
-            setattr(settings, part, dropout)
+    for key in DROPOUT_KEYS:
+        if hasattr(settings, key):
+            setattr(settings, key, dropout)
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError where it cannot be read or is something else."""
     try:
         value = json.loads(file.read_text("utf-8"))
     except OSError as error:
@@ -186,12 +230,21 @@ def read_json(file: Path) -> dict:
     return value
 
 
-def read_tensors(file: Path, names_only: bool = False) -> dict:
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Return {name: tensor} of a safetensors file. Raises UserError where it cannot be read."""
+    with _opened(file) as tensors:
+        names = tensors.keys()
+        return {name: tensors.get_tensor(name) for name in names}
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file, whose header is checked. Raises UserError for what opening and reading raise."""
     import safetensors
 
     try:
-        with safetensors.safe_open(file, "pt") as handle:
-            return {name: None if names_only else handle.get_tensor(name) for name in handle.keys()}
+        with safetensors.safe_open(file, "pt") as tensors:
+            yield tensors
     except PermissionError as error:
         raise UserError(f"{Path(file).absolute()}: cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -200,8 +253,8 @@ def read_tensors(file: Path, names_only: bool = False) -> dict:
 
 
 @contextlib.contextmanager
-def quiet():
-    """Keeps transformers' load reports and bars and peft's hints from the user; what matters is checked and raised."""
+def quiet() -> Iterator[None]:
+    """Keep transformers' load reports and bars and peft's hints from the user; what matters is checked and raised."""
     from transformers.utils import logging as reports
 
     level, bar = reports.get_verbosity(), reports.is_progress_bar_enabled()
@@ -218,5 +271,6 @@ def quiet():
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, at most 200 characters; its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "…"

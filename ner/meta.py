@@ -29,7 +29,9 @@ KEYS = {
     "encoder_sha256": dict,
 }
 FORMAT_VERSION = 1  # of ner.json; raise it when an older program would misread what is written
-LATER: dict[str, Any] = {"head": "softmax", "format_version": 0, "encoder_sha256": {}}  # keys that older models lack -> what these have
+# Keys that older models lack, and what those models have.
+DEFAULTS: dict[str, Any] = {"head": "softmax", "format_version": 0, "encoder_sha256": {}}
+CHOICES = {"unit": ("character", "word"), "decode": ("argmax", "viterbi"), "head": ("softmax", "crf")}
 CRF_FILE = "crf.safetensors"
 
 
@@ -49,37 +51,16 @@ def read_meta(folder: Path) -> dict[str, Any]:
     file = folder / "ner.json"
     if not file.is_file():
         raise UserError(f"{folder}: there is no ner.json, so it is no saved model; expected the model folder of a run")
-    try:
-        meta = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); the file is damaged") from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{file}: expected a JSON object; the file is damaged")
-    meta = LATER | meta
-    if type(meta["format_version"]) is int and meta["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format_version {meta['format_version']} is newer than this program knows ({FORMAT_VERSION}); "
-            "update the program"
-        )
-    for key, kind in KEYS.items():
-        if type(meta.get(key)) is not kind:
-            raise UserError(f"{file}: {key} is {meta.get(key)!r}; expected {kind.__name__}, the file is damaged")
-    labels = meta["labels"]
-    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
-        raise UserError(f"{file}: labels must be different texts; the file is damaged")
-    wrong = next((label for label in labels if not is_tag(label) or label[0] not in "OBI"), None)
-    if wrong is not None:
-        raise UserError(f"{file}: label {wrong!r} is no IOB2 tag; expected O, B-TYPE and I-TYPE, the file is damaged")
+    meta = DEFAULTS | _read_object(file)
+    _check_format(file, meta)
+    _check_labels(file, meta["labels"])
     if meta["tuning"] not in TUNINGS:
         raise UserError(f"{file}: tuning is {meta['tuning']!r}; expected one of {', '.join(TUNINGS)}")
-    if meta["unit"] not in ("character", "word") or meta["decode"] not in ("argmax", "viterbi"):
-        raise UserError(f"{file}: unit or decode has a value that does not exist; the file is damaged")
-    if meta["head"] not in ("softmax", "crf"):
-        raise UserError(f"{file}: head is {meta['head']!r}; expected softmax or crf")
+    for key, values in CHOICES.items():
+        if meta[key] not in values:
+            raise UserError(f"{file}: {key} is {meta[key]!r}; expected {' or '.join(values)}, the file is damaged")
     if meta["head"] == "crf":
-        meta["transitions"] = _read_transitions(folder, len(labels))
+        meta["transitions"] = _read_transitions(folder, len(meta["labels"]))
     return meta
 
 
@@ -90,6 +71,40 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     (folder / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
     if transitions is not None:
         safetensors.numpy.save_file({"transitions": np.ascontiguousarray(transitions, np.float32)}, folder / CRF_FILE)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError where it cannot be read or is something else."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}); the file is damaged") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object; the file is damaged")
+    return value
+
+
+def _check_format(file: Path, meta: dict[str, Any]) -> None:
+    """Raise UserError where ner.json is of a newer program, lacks a key or has a value of another type."""
+    if type(meta["format_version"]) is int and meta["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format_version {meta['format_version']} is newer than this program knows ({FORMAT_VERSION}); "
+            "update the program"
+        )
+    for key, kind in KEYS.items():
+        if type(meta.get(key)) is not kind:
+            raise UserError(f"{file}: {key} is {meta.get(key)!r}; expected {kind.__name__}, the file is damaged")
+
+
+def _check_labels(file: Path, labels: list[Any]) -> None:
+    """Raise UserError unless the labels are different IOB2 tags."""
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        raise UserError(f"{file}: labels must be different texts; the file is damaged")
+    wrong = next((label for label in labels if not is_tag(label) or label[0] not in "OBI"), None)
+    if wrong is not None:
+        raise UserError(f"{file}: label {wrong!r} is no IOB2 tag; expected O, B-TYPE and I-TYPE, the file is damaged")
 
 
 def _read_transitions(folder: Path, labels: int) -> np.ndarray:

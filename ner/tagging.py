@@ -58,13 +58,12 @@ class Tagger:
             return cls(OnnxEngine(file, meta["labels"], threads), FastTokenizer(folder), meta, batch_size)
         import torch
 
-        from ner import kernels
-        from ner import model as models
+        from ner import kernels, saved_model
         from ner.precision import choose_dtype
 
         if threads:
             torch.set_num_threads(threads)
-        model, tokenizer, meta = models.load(folder, device, attention=kernels.attention_implementation(device))
+        model, tokenizer, meta = saved_model.load(folder, device, attention=kernels.attention_implementation(device))
         kernels.prepare(model, choose_dtype(precision, device)[0], device)
         return cls(model, tokenizer, meta, batch_size)
 

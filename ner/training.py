@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ner import adalora, batches, kernels
+from ner import adalora, batches, kernels, saved_model
 from ner import model as models
 from ner.adversarial import FastGradient
 from ner.config import Config, dump, rate_warning
@@ -104,7 +104,7 @@ class Training:
     def save_model(self, folder: Path) -> None:
         """Write the model with the weights that it has now, whole or not at all."""
         transitions = {"transitions": self.crf.numpy()} if self.crf else {}
-        models.save(self.model, self.tokenizer, self.meta | transitions, folder)
+        saved_model.save(self.model, self.tokenizer, self.meta | transitions, folder)
 
 
 def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path | None = None) -> Training:

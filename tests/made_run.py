@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ner import config, decoding, model
+from ner import config, decoding, model, saved_model
 from ner.tagging import Tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
@@ -25,7 +25,7 @@ def run_of(folder: Path, encoder: Path, *argv: str) -> Path:
         for weight in network.parameters():
             if weight.requires_grad:
                 weight.add_(torch.randn_like(weight) * 0.1)
-    model.save(network, tokenizer, meta, folder / "model")
+    saved_model.save(network, tokenizer, meta, folder / "model")
     (folder / "config.yaml").write_text(config.dump(made), "utf-8")
     (folder / "test.json").write_text(json.dumps(SCORES))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "dev": SCORES}) + "\n")
@@ -38,7 +38,7 @@ def tagged(folder: Path, texts: list[str]) -> list:
     """The entities that predict.py finds, in float32 whatever the device does fastest."""
     import predict
 
-    found = predict.Predictor(Tagger(*model.load(folder))).predict(texts)
+    found = predict.Predictor(Tagger(*saved_model.load(folder))).predict(texts)
     return [[(one.type, one.start, one.end, pytest.approx(one.score, abs=1e-4)) for one in row] for row in found]
 
 

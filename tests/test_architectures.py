@@ -7,7 +7,7 @@ import tiny
 import torch
 import transformers
 
-from ner import config, export, kernels, model
+from ner import config, export, kernels, model, saved_model
 from ner.tagging import Tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
@@ -74,10 +74,10 @@ def trained(folder, *argv):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_trains_saves_loads_and_predicts(tmp_path, name, tuning):
     network, tokenizer, meta = trained(encoder(tmp_path / "encoder", name), "--tuning", tuning)
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     texts = [list("江泽民在北京会见了比尔·盖茨。"), list("上海")]
     expected = Tagger(network, tokenizer, meta).log_probs(texts)
-    found = Tagger(*model.load(tmp_path / "model")).log_probs(texts)
+    found = Tagger(*saved_model.load(tmp_path / "model")).log_probs(texts)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(theirs), atol=2e-5, rtol=0)
 
@@ -88,11 +88,11 @@ def test_exported_files_tag_as_pytorch_does(tmp_path, name, tuning):
     from ner.engines import OnnxEngine
 
     network, tokenizer, meta = trained(encoder(tmp_path / "encoder", name), "--tuning", tuning)
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     row = export.write_onnx(tmp_path / "model", "fp32")
     texts = [chars for chars, _ in tiny.sentences(40)]
     engine = OnnxEngine(tmp_path / "model" / row.file, LABELS)
-    expected = [tags for tags, *_ in Tagger(*model.load(tmp_path / "model")).tag(texts)]
+    expected = [tags for tags, *_ in Tagger(*saved_model.load(tmp_path / "model")).tag(texts)]
     assert [tags for tags, *_ in Tagger(engine, tokenizer, meta).tag(texts)] == expected
     assert json.loads((tmp_path / "model" / "onnx.json").read_text())["file"] == "model.onnx"
     row = export.write_onnx(tmp_path / "model", "int8")

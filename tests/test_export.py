@@ -10,7 +10,7 @@ import torch
 from made_run import LABELS, TEXTS, piped, run_of, tagged
 
 import model as model_command
-from ner import config, export, formats, model
+from ner import config, export, formats, onnx_writer, saved_model
 from ner.errors import UserError
 
 ENCODERS = [config.ROOT / "data" / "encoder"]
@@ -35,12 +35,12 @@ def test_a_merged_folder_computes_the_same_without_peft(encoder, tmp_path, tunin
     assert export.merge(made, tmp_path / "merged") == tmp_path / "merged"
     ids = torch.arange(5, 25).view(2, 10)
     theirs = AutoModelForTokenClassification.from_pretrained(tmp_path / "merged").eval()
-    apart = model.load(made / "model", merged=False)[0]
+    apart = saved_model.load(made / "model", merged=False)[0]
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, apart(input_ids=ids).logits, atol=1e-5, rtol=0)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     assert theirs.config.id2label == dict(enumerate(LABELS))
-    again, _, meta = model.load(tmp_path / "merged")
+    again, _, meta = saved_model.load(tmp_path / "merged")
     assert meta["tuning"] == "full" and meta["labels"] == LABELS
 
 
@@ -100,7 +100,7 @@ print(json.dumps([labels[row.argmax()] for row in logits]), "torch" in sys.modul
     argv = [sys.executable, "-c", code, str(tmp_path / "onnx"), TEXTS[0]]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    network, tokenizer, _ = model.load(run)
+    network, tokenizer, _ = saved_model.load(run)
     with torch.no_grad():
         rows = network(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0].argmax(-1).tolist()
     assert done.stdout == json.dumps([LABELS[row] for row in rows]) + " False\n"
@@ -108,7 +108,7 @@ print(json.dumps([labels[row.argmax()] for row in logits]), "torch" in sys.modul
 
 def test_an_onnx_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(export, "LARGEST_ERROR", 0.0)
+    monkeypatch.setattr(onnx_writer, "LARGEST_ERROR", 0.0)
     with pytest.raises(UserError, match="differ from PyTorch's"):
         export.export(run, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

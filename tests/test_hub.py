@@ -109,15 +109,15 @@ def test_an_adapter_of_a_local_encoder_goes_up_merged_and_comes_down_by_name(run
     # as an encoder for the next one, by its name: from the hub, then from its cache with no hub at all
     code = """
 import os, sys
-from ner import config, model
+from ner import config, model, saved_model
 made = config.load(["--pretrained", "me/it"])[0]
 for endpoint in (os.environ["HF_ENDPOINT"], "http://127.0.0.1:9"):
     from huggingface_hub import constants
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     network, tokenizer, meta = model.build(made, ["O", "B-X", "I-X"], "character")
-    model.save(network, tokenizer, meta, sys.argv[1])
-    print(meta["pretrained"], model.load(sys.argv[1])[0].config.num_labels)
+    saved_model.save(network, tokenizer, meta, sys.argv[1])
+    print(meta["pretrained"], saved_model.load(sys.argv[1])[0].config.num_labels)
 """
     surroundings = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint}
     argv = [sys.executable, "-c", code, str(tmp_path / "next")]

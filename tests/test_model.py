@@ -1,5 +1,6 @@
 """Models on disk: what is saved is what is loaded, for every tuning; every damage is named."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -15,12 +16,10 @@ import pytest
 import tiny
 import torch
 
-from ner import adalora, config
-from ner import encoder
-from ner import files
+from ner import adalora, config, encoder, files, model, saved_model
 from ner import meta as meta_file
-from ner import model
 from ner.errors import UserError
+from ner.losses import token_loss
 from ner.tunings import TUNINGS
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
@@ -37,10 +36,17 @@ def encoders(tmp_path_factory):
     roberta = tmp_path_factory.mktemp("roberta")
     tokenizer = tiny.bytelevel(roberta)
     torch.manual_seed(0)
-    RobertaModel(RobertaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=66, pad_token_id=tokenizer.pad_token_id,
-    )).save_pretrained(roberta)  # fmt: skip
+    RobertaModel(
+        RobertaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=66,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).save_pretrained(roberta)
     return {"bert": bert, "roberta": roberta}
 
 
@@ -78,19 +84,21 @@ def train(network, steps=6):
     inputs, losses = batch(), []
     labels = torch.randint(0, len(LABELS), inputs["input_ids"].shape, generator=torch.Generator().manual_seed(2))
     labels[inputs["attention_mask"] == 0] = -100
+    count = (labels != -100).sum()
     optimizer = torch.optim.AdamW([weight for weight in network.parameters() if weight.requires_grad], 5e-3)
     for step in range(1, steps + 1):
-        loss, count = model.loss_sum(network(**inputs).logits, labels)
-        (loss / count).backward()
+        loss = token_loss(network(**inputs).logits, labels) / count
+        loss.backward()
         gradients = adalora.gradients(network)
         optimizer.step()
         optimizer.zero_grad()
         adalora.after_step(network, step, steps, gradients)
-        losses.append(loss.item() / count)
+        losses.append(loss.item())
     return losses
 
 
 # every tuning
+
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -99,9 +107,9 @@ def test_saved_and_loaded_gives_the_same_logits(encoders, tmp_path, tuning, kind
     losses = train(network.train())
     assert losses[-1] < losses[0]
     wanted = logits(network.eval())
-    model.save(network, tokenizer, meta, tmp_path / "model")
-    apart, loaded_tokenizer, loaded_meta = model.load(tmp_path / "model", merged=False)
-    merged, _, _ = model.load(tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
+    apart, loaded_tokenizer, loaded_meta = saved_model.load(tmp_path / "model", merged=False)
+    merged, _, _ = saved_model.load(tmp_path / "model")
     assert loaded_meta == meta and loaded_meta["labels"] == LABELS
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
     torch.testing.assert_close(logits(apart), wanted, atol=2e-6 if tuning == "adalora" else 0, rtol=0)
@@ -141,35 +149,46 @@ def test_the_trainable_line_is_pefts(encoders, tuning, capsys):
 
 @pytest.mark.parametrize("tuning", LORAS)
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-@pytest.mark.parametrize("argv", [("--lora.bias", "all"), ("--lora.bias", "lora_only"),
-                                  ("--lora.bias", "all", "--lora.target_modules", "query,value"),
-                                  ("--lora.target_modules", "null")])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--lora.bias", "all"),
+        ("--lora.bias", "lora_only"),
+        ("--lora.bias", "all", "--lora.target_modules", "query,value"),
+        ("--lora.target_modules", "null"),
+    ],
+)
 def test_biases_and_chosen_layers(encoders, tmp_path, tuning, kind, argv):
     if tuning == "adalora" and "lora_only" in argv:
         pytest.skip("peft's adalora has no lora_only")
     network, tokenizer, meta = built(encoders[kind], "--tuning", tuning, *argv)
     trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
     assert any(name.endswith("query.base_layer.bias") for name in trained) == ("--lora.bias" in argv)
-    assert any("dense.lora_A" in name for name in trained) == ("--lora.target_modules" not in argv or (
-        "null" in argv and tuning == "adalora" and kind == "roberta"))
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    assert any("dense.lora_A" in name for name in trained) == (
+        "--lora.target_modules" not in argv or ("null" in argv and tuning == "adalora" and kind == "roberta")
+    )
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     for merged in (True, False):
-        loaded = model.load(tmp_path / "model", merged=merged)[0]
+        loaded = saved_model.load(tmp_path / "model", merged=merged)[0]
         torch.testing.assert_close(logits(loaded), logits(network), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "rslora"])
 def test_merging_without_peft_equals_pefts_own(encoders, tmp_path, tuning):
     network, tokenizer, meta = built(encoders["bert"], "--tuning", tuning, "--lora.bias", "all")
-    model.save(network, tokenizer, meta, tmp_path / "model")
-    ours, theirs = model.load(tmp_path / "model")[0], model.load(tmp_path / "model", merged=False)[0].merge_and_unload()
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
+    ours, theirs = (
+        saved_model.load(tmp_path / "model")[0],
+        saved_model.load(tmp_path / "model", merged=False)[0].merge_and_unload(),
+    )
     theirs = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
         torch.testing.assert_close(weight, theirs[name], atol=1e-7, rtol=0)
 
 
 def test_loading_a_lora_needs_no_peft_and_says_nothing(saved):
-    code = f"import sys; from ner import model; model.load({str(saved['lora'])!r}); print('peft' in sys.modules)"
+    load = f"saved_model.load({str(saved['lora'])!r})"
+    code = f"import sys; from ner import saved_model; {load}; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("False\n", ""), "no peft, and not a word of noise"
 
@@ -205,22 +224,12 @@ def test_adalora_moves_rank_and_keeps_what_it_chose(encoders, tmp_path):
     assert sum(kept) == 4 * len(kept) and len(set(kept)) > 1, "rank 4 on average, not everywhere alike"
     zeros = [(weight == 0).sum().item() for name, weight in network.named_parameters() if "lora_E" in name]
     assert sorted(6 - count for count in zeros) == sorted(kept)
-    model.save(network.eval(), tokenizer, meta, tmp_path / "model")
-    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
-
-
-def test_loss_sum_is_the_sum_over_labelled_positions():
-    scores, labels = torch.randn(2, 5, 3), torch.tensor([[0, 1, -100, 2, -100], [-100] * 5])
-    loss, count = model.loss_sum(scores.bfloat16(), labels)
-    rows = torch.log_softmax(scores.bfloat16().float(), -1)
-    assert count == 3 and loss.dtype == torch.float32
-    torch.testing.assert_close(loss, -(rows[0, 0, 0] + rows[0, 1, 1] + rows[0, 3, 2]))
-    loss, count = model.loss_sum(scores.requires_grad_(), torch.full((2, 5), -100))
-    loss.backward()
-    assert (loss.item(), count) == (0, 0)
+    saved_model.save(network.eval(), tokenizer, meta, tmp_path / "model")
+    torch.testing.assert_close(logits(saved_model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
 
 
 # the folder
+
 
 def test_labels_and_dropout_are_in_the_model(encoders, tmp_path):
     network, tokenizer, meta = built(encoders["bert"], "--tuning", "full", "--dropout", "0.3")
@@ -236,7 +245,7 @@ def test_standard_loaders_read_an_adapter(encoders, tmp_path):
     from transformers import pipeline
 
     network, tokenizer, meta = built(encoders["bert"])
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     theirs = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "model")
     assert theirs.config.id2label == dict(enumerate(LABELS))
     torch.testing.assert_close(logits(theirs.eval()), logits(network), atol=0, rtol=0)
@@ -246,7 +255,7 @@ def test_standard_loaders_read_an_adapter(encoders, tmp_path):
 
 def test_an_adapter_keeps_its_encoder_without_a_second_copy(encoders, tmp_path):
     network, tokenizer, meta = built(encoders["bert"])
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     linked, source = tmp_path / "model" / "encoder" / "model.safetensors", encoders["bert"] / "model.safetensors"
     assert os.path.samefile(linked, source)
 
@@ -257,18 +266,18 @@ def test_an_adapter_finds_its_encoder_when_the_project_moved(tmp_path, monkeypat
     monkeypatch.chdir(project)
     monkeypatch.setattr(config, "ROOT", project)
     network, tokenizer, meta = built("data/encoder")
-    model.save(network, tokenizer, meta, "output/run/model")
+    saved_model.save(network, tokenizer, meta, "output/run/model")
     wanted = logits(network)
     moved = tmp_path / "after"
     project.rename(moved)
     monkeypatch.chdir(tmp_path)
-    torch.testing.assert_close(logits(model.load("after/output/run/model")[0]), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(saved_model.load("after/output/run/model")[0]), wanted, atol=1e-5, rtol=0)
     shutil.rmtree(moved / "output/run/model/encoder")  # where a copy of the run left the links behind
-    monkeypatch.setattr(model, "ROOT", moved)
-    torch.testing.assert_close(logits(model.load("after/output/run/model")[0]), wanted, atol=1e-5, rtol=0)
+    monkeypatch.setattr(saved_model, "ROOT", moved)
+    torch.testing.assert_close(logits(saved_model.load("after/output/run/model")[0]), wanted, atol=1e-5, rtol=0)
     shutil.rmtree(moved / "data")
     with pytest.raises(UserError, match="its encoder .*/before/data/encoder is gone"):
-        model.load("after/output/run/model")
+        saved_model.load("after/output/run/model")
 
 
 def test_links_fall_back_where_the_disk_has_none(encoders, tmp_path, monkeypatch):
@@ -277,19 +286,19 @@ def test_links_fall_back_where_the_disk_has_none(encoders, tmp_path, monkeypatch
 
     network, tokenizer, meta = built(encoders["bert"])
     monkeypatch.setattr(os, "link", refuse)
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     linked = tmp_path / "model" / "encoder" / "model.safetensors"
     assert linked.is_symlink() and not os.readlink(linked).startswith("/")
-    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(saved_model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
     monkeypatch.setattr(os, "symlink", refuse)
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     assert not linked.is_symlink() and linked.stat().st_nlink == 1
-    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(saved_model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
 
 
 def test_a_model_that_cannot_be_put_in_place_leaves_the_old_one_there(encoders, tmp_path, monkeypatch):
     made = built(encoders["bert"], "--tuning", "full")
-    model.save(*made, tmp_path / "model")
+    saved_model.save(*made, tmp_path / "model")
     before, real = (tmp_path / "model" / "model.safetensors").read_bytes(), os.rename
 
     def rename(source, target):
@@ -299,23 +308,23 @@ def test_a_model_that_cannot_be_put_in_place_leaves_the_old_one_there(encoders, 
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(PermissionError, match=f"{tmp_path / 'model'}"):
-        model.save(*made, tmp_path / "model")
+        saved_model.save(*made, tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_a_failed_save_leaves_the_old_model_whole(encoders, tmp_path, monkeypatch):
     network, tokenizer, meta = built(encoders["bert"])
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
     monkeypatch.setattr(tokenizer, "save_pretrained", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
-        model.save(network, tokenizer, meta, tmp_path / "model")
+        saved_model.save(network, tokenizer, meta, tmp_path / "model")
     assert {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()} == before
     assert os.listdir(tmp_path) == ["model"]
     monkeypatch.undo()
     files.temporary_path(tmp_path / "model").mkdir()
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"], "what a killed process left is swept up"
 
 
@@ -331,8 +340,8 @@ def test_half_precision_encoders_are_loaded_in_float32(tmp_path):
 def test_words_of_byte_level_tokenizers_begin_with_a_space(encoders, tmp_path):
     network, tokenizer, meta = built(encoders["roberta"], unit="word")
     assert tokenizer.tokenize("human")[0].startswith("Ġ")
-    model.save(network, tokenizer, meta, tmp_path / "model")
-    assert model.load(tmp_path / "model")[1].tokenize("human")[0].startswith("Ġ")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
+    assert saved_model.load(tmp_path / "model")[1].tokenize("human")[0].startswith("Ġ")
     assert not built(encoders["roberta"])[1].tokenize("human")[0].startswith("Ġ")
 
 
@@ -342,18 +351,19 @@ def test_the_published_english_run_builds(encoders, tmp_path):
     network, tokenizer, meta = model.build(made, LABELS, "word")
     trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
     assert any("query.lora_A" in name for name in trained) and any("LayerNorm.bias" in name for name in trained)
-    model.save(network.eval(), tokenizer, meta, tmp_path / "model")
-    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
+    saved_model.save(network.eval(), tokenizer, meta, tmp_path / "model")
+    torch.testing.assert_close(logits(saved_model.load(tmp_path / "model")[0]), logits(network), atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no candidate encoder beside the project")
 def test_a_real_encoder(tmp_path):
     network, tokenizer, meta = built(SHARED)
-    model.save(network, tokenizer, meta, tmp_path / "model")
-    torch.testing.assert_close(logits(model.load(tmp_path / "model")[0]), logits(network), atol=1e-4, rtol=0)
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
+    torch.testing.assert_close(logits(saved_model.load(tmp_path / "model")[0]), logits(network), atol=1e-4, rtol=0)
 
 
 # encoders that cannot be had
+
 
 def test_wrong_encoders_are_named(encoders, tmp_path):
     def fails(name, *argv):
@@ -457,6 +467,7 @@ def test_a_hub_that_has_no_such_model(hub, monkeypatch):
 
 # damaged models
 
+
 class Bomb:
     def __init__(self, target):
         self.target = str(target)
@@ -472,7 +483,7 @@ def saved(encoders, tmp_path_factory):
     for tuning in ("full", "lora", "dora", "prefix"):
         network, tokenizer, meta = built(encoders["bert"], "--tuning", tuning)
         folders[tuning] = tmp_path_factory.mktemp(tuning) / "model"
-        model.save(network, tokenizer, meta, folders[tuning])
+        saved_model.save(network, tokenizer, meta, folders[tuning])
         linked = folders[tuning] / "encoder" / "model.safetensors"
         if linked.exists():  # a copy, so that a test may damage it
             data = linked.read_bytes()
@@ -487,18 +498,24 @@ def copied(saved, tuning, tmp_path):
 
 def damage(folder):
     with pytest.raises(UserError) as caught:
-        model.load(folder)
+        saved_model.load(folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("tuning, name", [
-    (tuning, name)
-    for tuning in ("full", "lora", "dora", "prefix")
-    for name in ["ner.json", "tokenizer.json"] + (
-        ["config.json", "model.safetensors"] if tuning == "full"
-        else ["adapter_config.json", "adapter_model.safetensors"])
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tuning, name",
+    [
+        (tuning, name)
+        for tuning in ("full", "lora", "dora", "prefix")
+        for name in ["ner.json", "tokenizer.json"]
+        + (
+            ["config.json", "model.safetensors"]
+            if tuning == "full"
+            else ["adapter_config.json", "adapter_model.safetensors"]
+        )
+    ],
+)
 def test_missing_cut_and_garbled_files_are_named(saved, tmp_path, tuning, name):
     folder = copied(saved, tuning, tmp_path)
     data = (folder / name).read_bytes()
@@ -521,15 +538,13 @@ def test_malicious_pickles_do_not_run(saved, tmp_path, tuning):
     for file in files:
         data = file.read_bytes()
         file.write_bytes(bomb)
-        try:
-            model.load(folder)
-        except UserError:
-            pass
+        with contextlib.suppress(UserError):
+            saved_model.load(folder)
         assert not owned.exists(), file
         file.write_bytes(data)
     for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "model.bin"):
         (folder / name).write_bytes(bomb)  # beside what is right, and then instead of it
-    model.load(folder)
+    saved_model.load(folder)
     for path in folder.rglob("*.safetensors"):
         path.unlink()
     (folder / "encoder").mkdir(exist_ok=True)
@@ -558,15 +573,24 @@ def test_labels_that_do_not_match_the_head_are_named(saved, tmp_path, tuning):
         assert "weights cannot be loaded" in damage(folder)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"labels": []}, "labels"), ({"labels": ["O", "O", "B-X", "I-X", "B-Y"]}, "labels"), ({"labels": "O"}, "labels"),
-    ({"labels": ["O", "XB-PERSON", "I-X", "B-Y", "I-Y"]}, "'XB-PERSON' is no IOB2 tag"),
-    ({"labels": ["O", "S-X", "I-X", "B-Y", "I-Y"]}, "'S-X' is no IOB2 tag"),
-    ({"labels": [0, 1, 2, 3, 4]}, "labels"), ({"tuning": "nosuch"}, "tuning is 'nosuch'"),
-    ({"tuning": 1}, "tuning is 1"),
-    ({"unit": "byte"}, "unit"), ({"decode": "beam"}, "decode"), ({"max_length": "9"}, "max_length is '9'"),
-    ({"max_length": True}, "max_length is True"), ({"special_tokens": None}, "special_tokens is None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"labels": []}, "labels"),
+        ({"labels": ["O", "O", "B-X", "I-X", "B-Y"]}, "labels"),
+        ({"labels": "O"}, "labels"),
+        ({"labels": ["O", "XB-PERSON", "I-X", "B-Y", "I-Y"]}, "'XB-PERSON' is no IOB2 tag"),
+        ({"labels": ["O", "S-X", "I-X", "B-Y", "I-Y"]}, "'S-X' is no IOB2 tag"),
+        ({"labels": [0, 1, 2, 3, 4]}, "labels"),
+        ({"tuning": "nosuch"}, "tuning is 'nosuch'"),
+        ({"tuning": 1}, "tuning is 1"),
+        ({"unit": "byte"}, "unit"),
+        ({"decode": "beam"}, "decode"),
+        ({"max_length": "9"}, "max_length is '9'"),
+        ({"max_length": True}, "max_length is True"),
+        ({"special_tokens": None}, "special_tokens is None"),
+    ],
+)
 def test_wrong_values_in_ner_json_are_named(saved, tmp_path, changes, said):
     folder = copied(saved, "lora", tmp_path)
     edit(folder / "ner.json", **changes)
@@ -603,9 +627,9 @@ def test_adapters_that_do_not_fit_are_named(saved, encoders, tmp_path):
 
 def test_a_run_folder_is_taken_for_its_model(saved, tmp_path):
     copied(saved, "full", tmp_path)
-    assert model.load(tmp_path)[2]["tuning"] == "full"
+    assert saved_model.load(tmp_path)[2]["tuning"] == "full"
     with pytest.raises(UserError, match="no ner.json, so it is no saved model"):
-        model.load(tmp_path / "nosuch")
+        saved_model.load(tmp_path / "nosuch")
 
 
 def test_an_encoder_that_changed_under_an_adapter_is_noticed(saved, tmp_path, caplog):
@@ -619,7 +643,7 @@ def test_an_encoder_that_changed_under_an_adapter_is_noticed(saved, tmp_path, ca
     known = json.loads((folder / "ner.json").read_text())
     del known["encoder_sha256"], known["format_version"]  # as older runs are
     (folder / "ner.json").write_text(json.dumps(known))
-    assert model.load(folder)[2]["encoder_sha256"] == {}
+    assert saved_model.load(folder)[2]["encoder_sha256"] == {}
     assert "saved without a digest of its encoder" in caplog.text
 
 
@@ -663,14 +687,14 @@ def test_adapters_on_embeddings_are_saved_and_loaded(encoders, tmp_path, tuning)
     network, tokenizer, meta = built(
         encoders["bert"], "--tuning", tuning, "--lora.target_modules", "word_embeddings,query"
     )
-    model.save(network, tokenizer, meta, tmp_path / "model")
+    saved_model.save(network, tokenizer, meta, tmp_path / "model")
     for merged in (True, False):
-        loaded = model.load(tmp_path / "model", merged=merged)[0]
+        loaded = saved_model.load(tmp_path / "model", merged=merged)[0]
         torch.testing.assert_close(logits(loaded), logits(network), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
 def test_runs_that_were_saved_before_format_versions_load(name):
-    network, _, meta = model.load(config.ROOT / "tests" / "saved_runs" / name)
+    network, _, meta = saved_model.load(config.ROOT / "tests" / "saved_runs" / name)
     assert meta["format_version"] == 0 and meta["tuning"] == name
     assert torch.isfinite(network(torch.arange(5, 15)[None]).logits).all()

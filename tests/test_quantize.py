@@ -44,8 +44,15 @@ def test_outliers_cost_less_than_by_plain_dynamic_quantization(tmp_path, shared)
     inputs = {"input_ids": ids.numpy(), "attention_mask": np.ones((8, 20), np.int64)}
     example = (ids, torch.ones_like(ids))
     names = list(inputs)
-    torch.onnx.export(model, example, str(tmp_path / "model.onnx"), input_names=names, output_names=["logits"],
-                      opset_version=17, dynamo=False)  # fmt: skip
+    torch.onnx.export(
+        model,
+        example,
+        str(tmp_path / "model.onnx"),
+        input_names=names,
+        output_names=["logits"],
+        opset_version=17,
+        dynamo=False,
+    )
     quantize(tmp_path / "model.onnx", tmp_path / "ours.onnx", [inputs])
     quantize_dynamic(tmp_path / "model.onnx", tmp_path / "plain.onnx", weight_type=QuantType.QInt8, per_channel=True)
     expected = model(*example).detach().numpy()
@@ -53,6 +60,6 @@ def test_outliers_cost_less_than_by_plain_dynamic_quantization(tmp_path, shared)
     for name in ("ours", "plain"):
         session = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
         errors[name] = np.abs(session.run(["logits"], inputs)[0] - expected).mean()
-    assert errors["ours"] < errors["plain"] * 0.8, errors
+    assert errors["ours"] < errors["plain"] * 0.7, errors
     operators = [node.op_type for node in onnx.load(str(tmp_path / "ours.onnx")).graph.node]
     assert "MatMulNBits" in operators and "MatMulInteger" in operators

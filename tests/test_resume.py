@@ -106,14 +106,14 @@ def test_killed_before_its_first_checkpoint_it_starts_again_in_its_folder(whole,
 
 
 def test_killed_between_checkpoint_and_model_the_best_model_is_written_again(tmp_path, monkeypatch):
-    from ner import model
+    from ner import saved_model
 
     def killed(*_):
         raise SystemExit(9)
 
     main.main(runs.argv(tmp_path, run="whole", epochs=1))
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(model, "save", killed)
+        patched.setattr(saved_model, "save", killed)
         main.main(runs.argv(tmp_path, epochs=1))
     assert checkpoint.load(tmp_path / "run")[1].best == 1 and not (tmp_path / "run" / "model").exists()
     main.main(["--resume", str(tmp_path / "run")])

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from ner import config, model
+from ner import config, model, saved_model
 from ner.tagging import Tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
                 if weight.requires_grad:
                     weight.add_(torch.randn_like(weight) * 0.1)
         folders[tuning] = root / tuning / "model"
-        model.save(network, tokenizer, meta, folders[tuning])
+        saved_model.save(network, tokenizer, meta, folders[tuning])
     return folders
 
 
@@ -39,7 +39,7 @@ def test_torch_tags_in_the_precision_asked_for(saved):
 
 
 def test_log_probs_are_those_of_transformers(saved):
-    network, tokenizer, meta = model.load(saved["full"])
+    network, tokenizer, meta = saved_model.load(saved["full"])
     tagger = Tagger.of(saved["full"], precision="fp32")
     text = TEXTS[0]
     ids = [tokenizer.cls_token_id, *tokenizer.convert_tokens_to_ids(list(text)), tokenizer.sep_token_id]

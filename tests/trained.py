@@ -9,7 +9,7 @@ import tiny
 import torch
 from hypothesis import strategies as st
 
-from ner import batches, config, export, model
+from ner import batches, config, export, model, saved_model
 from ner.corpus import Sentence
 from ner.predictor import Predictor
 from ner.tagging import Tagger
@@ -46,7 +46,7 @@ def run() -> Path:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    model.save(network, tokenizer, meta, folder / "run" / "model")
+    saved_model.save(network, tokenizer, meta, folder / "run" / "model")
     return folder / "run"
 
 
