@@ -137,9 +137,9 @@ def _use_blocks(graph: Any, weights: dict[str, Any], node: Any) -> None:
     padded[:rows] = matrix
     blocks = padded.T.reshape(columns, count, BLOCK)
     scales = np.maximum(np.abs(blocks).max(axis=-1), TINY) / 127
-    levels = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)  # 128 stands for 0
+    quantized = (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8)  # 128 stands for 0
     name = f"{node.name or node.output[0]}_blocks"
-    graph.initializer.append(numpy_helper.from_array(levels, name))
+    graph.initializer.append(numpy_helper.from_array(quantized, name))
     graph.initializer.append(numpy_helper.from_array(scales.astype(np.float32).reshape(-1), f"{name}_scales"))
     node.op_type, node.domain = "MatMulNBits", "com.microsoft"
     unused, node.input[1] = node.input[1], name
