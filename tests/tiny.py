@@ -108,6 +108,9 @@ def encoder(folder, tokenizer=None, positions: int = 128, seed: int = 0) -> Path
     """Saves a random BERT (hidden 32, 2 layers, 2 heads) and its tokenizer (WordPiece if none is given) in `folder`."""
     import torch
     from transformers import BertConfig, BertModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar on stderr would fail tests that look at it
 
     tokenizer = tokenizer or wordpiece()
     settings = BertConfig(
