@@ -53,7 +53,8 @@ def load(argv: list[str] | None = None) -> tuple[Config, Flags]:
     wants_help = options.pop("help", None) is not None
     file, flags = _file_and_flags(options, wants_help)
     values, places = config_file.read(file) if file else ({}, {})
-    values = _resolve_paths(values, from_project=file is not None and _is_of_run(file, flags))
+    of_run = file is not None and _is_of_run(file, flags)
+    values = _resolve_paths(_with_old_keys(values) if of_run else values, from_project=of_run)
     given = {key: config_file.parse_value(key, text) for key, text in options.items()}
     values |= {key: _resolved(value) if key in PATHS else value for key, value in given.items()}
     places |= {key: f"--{key}" for key in options}
@@ -69,7 +70,12 @@ def load_run(run: Path) -> Config:
     """Return the config of a saved run, its paths absolute. Raises UserError where it has none."""
     file = Path(run) / "config.yaml"
     values, places = config_file.read(file)
-    return with_defaults(_checked(_resolve_paths(values, from_project=True), places))
+    return with_defaults(_checked(_resolve_paths(_with_old_keys(values), from_project=True), places))
+
+
+def _with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's values with what runs did that were saved before a key existed."""
+    return {"head": "softmax"} | values
 
 
 def with_defaults(config: Config) -> Config:
@@ -211,7 +217,9 @@ def _check_head(config: Config, places: dict[str, str]) -> None:
         value, default = get(config, key), Config.model_fields[key].default
         if value != default:
             place = places[key]
-            raise UserError(f"{place}: {key} {_yaml(value)} does not go with head crf; leave it at {_yaml(default)}")
+            raise UserError(
+                f"{place}: {key} {_yaml(value)} does not go with head crf; set head: softmax, or leave it at {_yaml(default)}"
+            )
 
 
 def _hidden_size(pretrained: str) -> int:

@@ -48,7 +48,7 @@ def argv(output, **keys) -> list[str]:
     here = world()
     settings = {"train": here / "train", "dev": here / "dev", "test": here / "test", "pretrained": here / "encoder",
                 "output": output, "run": "run", "tuning": "full", "learning_rate": 5e-3, "epochs": 2, "max_length": 64,
-                "precision": "fp32", "export": "none",
+                "precision": "fp32", "export": "none", "head": "softmax",
                 "kernels": os.environ.get("NER_TEST_KERNELS", "auto")} | keys  # fmt: skip
     return [
         part

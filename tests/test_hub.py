@@ -110,7 +110,7 @@ def test_an_adapter_of_a_local_encoder_goes_up_merged_and_comes_down_by_name(run
     code = """
 import os, sys
 from ner import config, model, saved_model
-made = config.load(["--pretrained", "me/it"])[0]
+made = config.load(["--pretrained", "me/it", "--head", "softmax"])[0]
 for endpoint in (os.environ["HF_ENDPOINT"], "http://127.0.0.1:9"):
     from huggingface_hub import constants
     constants.ENDPOINT = endpoint

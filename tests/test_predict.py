@@ -347,7 +347,7 @@ def test_import_from_a_project_with_modules_of_the_same_names(run, tmp_path):
         (lambda m: (m / "model_int8.onnx").unlink(), "--engine onnx needs model_int8.onnx"),
         (
             lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC",', "")),
-            "not of one model",
+            "its labels and those of ner.json differ",
         ),
         (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json: the tokenizer cannot be loaded"),
         (lambda m: (m / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: cannot be used"),

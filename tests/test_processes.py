@@ -70,6 +70,15 @@ def test_two_processes_equal_one_with_twice_the_batch(two, tmp_path):
     assert metrics(tmp_path / "run")[-1]["dev"]["micro"]["f1"] > 0.8, "there is something to be alike in"
 
 
+def test_two_processes_learn_the_same_transitions_of_a_crf(tmp_path):
+    both = pair(runs.argv(tmp_path, dropout=0, epochs=2, batch_size=8, head="crf"))
+    assert ended(both) == [0, 0], both[0].output + both[1].output
+    main.main(runs.argv(tmp_path, dropout=0, epochs=2, batch_size=16, head="crf", run="one"))
+    assert_alike(tmp_path / "run", tmp_path / "one")
+    ours, theirs = (load_file(tmp_path / run / "model" / "crf.safetensors") for run in ("run", "one"))
+    assert ours.keys() == theirs.keys() and all(ours[key].allclose(theirs[key], atol=2e-3) for key in ours)
+
+
 def test_only_the_first_writes(two):
     output, (first, second) = two
     assert [path.name for path in output.iterdir()] == ["run"]

@@ -23,6 +23,7 @@ ENTITIES = [("王芳", "PER", 0, 2), ("北京", "LOC", 5, 7), ("武汉", "LOC", 
 def build(folder, tokenizer, unit="character", seed=0):
     """Return a random model on a tiny encoder: (model, tokenizer, meta)."""
     arguments = ["--pretrained", str(tiny.encoder(folder, tokenizer)), "--tuning", "full", "--max_length", "64"]
+    arguments += ["--head", "softmax"]
     settings, _ = config.load([*arguments, "--dropout", "0"])
     torch.manual_seed(seed)
     return model.build(settings, LABELS, unit)
