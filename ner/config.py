@@ -218,7 +218,8 @@ def _check_head(config: Config, places: dict[str, str]) -> None:
         if value != default:
             place = places[key]
             raise UserError(
-                f"{place}: {key} {_yaml(value)} does not go with head crf; set head: softmax, or leave it at {_yaml(default)}"
+                f"{place}: {key} {_yaml(value)} does not go with head crf; "
+                f"set head: softmax, or leave it at {_yaml(default)}"
             )
 
 

@@ -78,7 +78,9 @@ class Config(_Strict):
     decode: Literal["argmax", "viterbi"] = _key(
         "viterbi", "viterbi: well-formed IOB2 only; argmax: the likeliest tags."
     )
-    head: Literal["softmax", "crf"] = _key("crf", "crf: scores of steps from tag to tag are learned too; softmax: each tag by itself.")
+    head: Literal["softmax", "crf"] = _key(
+        "crf", "crf: scores of steps from tag to tag are learned too; softmax: each tag by itself."
+    )
     crf_learning_rate: float = _key(1e-2, "Peak learning rate of the CRF's transitions.", gt=0)
     loss: Literal["cross_entropy", "focal"] = _key(
         "cross_entropy", "Loss of head softmax: cross_entropy, or focal, which counts hard characters more."

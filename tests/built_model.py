@@ -38,7 +38,7 @@ def encoders() -> dict[str, Path]:
 
 
 def settings(pretrained, *argv):
-    return config.load(["--pretrained", str(pretrained), "--lora.r", "4", *argv])[0]
+    return config.load(["--pretrained", str(pretrained), "--lora.r", "4", "--head", "softmax", *argv])[0]
 
 
 def built(pretrained, *argv, unit="character"):

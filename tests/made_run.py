@@ -17,7 +17,19 @@ SCORES["types"] = {"LOC": SCORES["micro"], "PER": SCORES["micro"]}
 
 def run_of(folder: Path, encoder: Path, *argv: str) -> Path:
     """Make the run in `folder` on this encoder; argv: more keys of the config."""
-    argv = ["--pretrained", str(encoder), "--lora.r", "4", "--max_length", "64", "--head", "softmax", "--decode", "argmax", *argv]
+    argv = [
+        "--pretrained",
+        str(encoder),
+        "--lora.r",
+        "4",
+        "--max_length",
+        "64",
+        "--head",
+        "softmax",
+        "--decode",
+        "argmax",
+        *argv,
+    ]
     made = config.load(argv)[0]
     torch.manual_seed(0)
     network, tokenizer, meta = model.build(made, LABELS, "character")

@@ -52,7 +52,9 @@ def encoder(folder, name):
 
 def trained(folder, *argv):
     """Build a model on the encoder and train it for two steps, as the loop does on a CPU."""
-    settings = config.load(["--pretrained", str(folder), "--lora.r", "4", "--max_length", "32", "--head", "softmax", *argv])[0]
+    settings = config.load(
+        ["--pretrained", str(folder), "--lora.r", "4", "--max_length", "32", "--head", "softmax", *argv]
+    )[0]
     torch.manual_seed(0)
     network, tokenizer, meta = model.build(settings, LABELS, "character", kernels.attention_implementation("cpu"))
     kernels.prepare(network.train(), torch.float32, "cpu")
