@@ -93,12 +93,12 @@ def all_scores(chinese: bool) -> tuple[list[str], Rows]:
     names = {
         "scores-ner_data": "ner_data",
         "scores-ner_data-300": "ner_data, 300 sentences",
-        "crf-ner_data": "ner_data, `head: crf`",
+        "softmax-ner_data": "ner_data, `head: softmax`",
         "fgm-ner_data": "ner_data, `adversarial: fgm`",
         "smoothing-ner_data": "ner_data, `label_smoothing: 0.1`",
         "focal-ner_data": "ner_data, `loss: focal`",
         "scores-msra": "MSRA, 8,000 sentences",
-        "crf-msra": "MSRA, 8,000 sentences, `head: crf`",
+        "softmax-msra": "MSRA, 8,000 sentences, `head: softmax`",
         "scores-msra-all": "MSRA, all of train",
     }
     head = [
