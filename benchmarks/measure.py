@@ -39,7 +39,8 @@ MEASUREMENTS = {
     "fgm-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --adversarial fgm",
     "smoothing-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
     "--head softmax --label_smoothing 0.1",
-    "focal-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --head softmax --loss focal",
+    "focal-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
+    "--head softmax --loss focal",
     "methods-ner_data": f"benchmarks/scores.py --data ner_data --tuning {METHODS} --seeds 1 {NER_EPOCHS}",
     "methods-msra": f"benchmarks/scores.py --tuning {METHODS} --seeds 1",
     "train-ner_data": "benchmarks/train.py --data ner_data --epochs 2",

@@ -6,6 +6,7 @@ from typing import Any
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 404, 16, 204  # of the plot, in the 420 × 240 units of the template's view box
 TICKS = 5
+SMALLEST_SPAN = 1e-300  # below it a step between ticks is no number any more
 MOST_EPOCHS = 10  # named under the axis
 
 Point = tuple[float, float]
@@ -41,7 +42,11 @@ def chart(title: str, lines: Sequence[tuple[str, int, list[Point]]]) -> dict[str
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """Return about `count` round numbers, evenly spaced, that enclose low and high."""
-    span = (high - low) or abs(high) * 0.1 or 1.0
+    span = high - low
+    if span < SMALLEST_SPAN:
+        span = abs(high) * 0.1
+    if span < SMALLEST_SPAN:
+        span = 1.0
     magnitude = 10.0 ** math.floor(math.log10(span / count))
     fitting = [factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude * count >= span]
     step = fitting[0] if fitting else 10 * magnitude

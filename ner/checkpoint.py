@@ -7,6 +7,8 @@ the frozen encoder), its metadata holds the Progress as JSON, and the version of
 import dataclasses
 import json
 import logging
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from torch import nn
 
 from ner import adalora
 from ner.errors import UserError
-from ner.files import remove_leftovers, replacing, write_text
+from ner.files import remove_leftovers, replacing, temporary_path, write_text
 from ner.optimizer import Optimizer
 from ner.progress import Progress, best_epoch
 
@@ -35,7 +37,14 @@ def save(run: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) 
     state = dataclasses.replace(progress, scale=optimizer.scale.value, good_steps=optimizer.scale.good_steps)
     metadata = {"format": str(FORMAT), "progress": json.dumps(dataclasses.asdict(state))}
     with replacing(run / FILE) as temporary:
-        save_file(optimizer.state() | adalora.state(model), temporary, metadata)
+        # In a folder of its own: safetensors writes beside its target first, and leaves that there when it is killed.
+        folder = temporary_path(run / FILE)
+        folder.mkdir()
+        try:
+            save_file(optimizer.state() | adalora.state(model), folder / FILE.name, metadata)
+            os.replace(folder / FILE.name, temporary)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(run: Path) -> tuple[dict[str, torch.Tensor], Progress] | None:
@@ -109,6 +118,9 @@ class Checkpoints:
 
         Raises UserError where it does not fit, or was trained on something else.
         """
+        if self.writes:
+            for path in (self.run / FILE, self.run / "model", self.run / "metrics.jsonl"):
+                remove_leftovers(path)
         saved = load(self.run)
         if saved is None:
             return None
@@ -128,9 +140,7 @@ class Checkpoints:
         return progress
 
     def _repair(self, progress: Progress) -> None:
-        """Write what a process that was killed after its checkpoint did not come to, and delete what it left."""
-        for path in (self.run / FILE, self.run / "model", self.run / "metrics.jsonl"):
-            remove_leftovers(path)
+        """Write what a process that was killed after its checkpoint did not come to."""
         if progress.epoch and progress.best == progress.epoch and not progress.step:
             self._write_model(self.optimizer.scored)
         self._write_metrics(progress)

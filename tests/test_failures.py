@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import main
-from ner import checkpoint, losses
-from ner import model as models
+from ner import checkpoint, losses, saved_model
 from ner import run as folder
 from ner import scores as scoring
 
@@ -87,7 +86,7 @@ def graded(monkeypatch):
     monkeypatch.setattr(scoring, "score_sentences", score_sentences)
 
 
-@pytest.mark.parametrize(("where", "name"), [(checkpoint, "save"), (models, "save"), (checkpoint, "write_text")])
+@pytest.mark.parametrize(("where", "name"), [(checkpoint, "save"), (saved_model, "save"), (checkpoint, "write_text")])
 def test_one_full_disk_is_survived_and_nothing_is_lost(tmp_path, monkeypatch, graded, where, name):
     main.main(runs.argv(tmp_path, run="whole", epochs=4))
     with monkeypatch.context() as patched:

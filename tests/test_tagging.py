@@ -20,7 +20,9 @@ def saved(tmp_path_factory):
     folders = {}
     for tuning in ("lora", "full", "dora", "prompt"):
         torch.manual_seed(0)
-        settings = config.Config(pretrained=str(source), tuning=tuning, max_length=64, lora=config.Lora(r=4))
+        settings = config.Config(
+            pretrained=str(source), tuning=tuning, max_length=64, lora=config.Lora(r=4), head="softmax"
+        )
         network, tokenizer, meta = model.build(settings, LABELS, "character")
         with torch.no_grad():
             for weight in network.parameters():
