@@ -151,6 +151,8 @@ def arguments(tuning, seed, options):
         options.pretrained,
         "--epochs",
         str(options.epochs),
+        "--head",
+        "softmax",
         "--max_train_sentences",
         "null",
         "--batch_size",
