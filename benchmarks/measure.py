@@ -32,10 +32,10 @@ MEASUREMENTS = {
     "scores-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora full {SEEDS} {NER_EPOCHS}",
     "scores-ner_data-300": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
     "--max_train_sentences 300",
-    "scores-msra": f"benchmarks/scores.py --tuning lora full {SEEDS}",
+    "scores-msra": f"benchmarks/scores.py --tuning lora {SEEDS}",
     "scores-msra-all": "benchmarks/scores.py --tuning lora --seeds 1 -- --max_train_sentences null --epochs 3",
-    "softmax-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora full {SEEDS} {NER_EPOCHS} --head softmax",
-    "softmax-msra": f"benchmarks/scores.py --tuning lora full {SEEDS} -- --head softmax",
+    "softmax-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --head softmax",
+    "softmax-msra": f"benchmarks/scores.py --tuning lora {SEEDS} -- --head softmax",
     "fgm-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --adversarial fgm",
     "smoothing-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
     "--head softmax --label_smoothing 0.1",
