@@ -1,9 +1,4 @@
-"""Scores a saved run on labelled sentences, by the model as it was trained.
-
-    python evaluate.py                                  # the newest finished run, on its test file
-    python evaluate.py --run output/RUN --data FILE     # another run, other sentences
-    python evaluate.py --json scores.json               # the scores as JSON too; - prints nothing else
-    python evaluate.py --engine onnx                    # the run's ONNX file instead of the model as it was trained
+"""Scores a finished run on labelled sentences, by the model as it was trained: see --help.
 
 Nothing heavy is imported up here and importing does nothing, so that a package which looks for the library of the
 same name finds a harmless module.
@@ -23,6 +18,12 @@ if TYPE_CHECKING:
     from ner.config import Config
     from ner.corpus import Corpus
     from ner.tagging import Tagger
+
+EXAMPLES = """Examples:
+  python evaluate.py                                  # the newest finished run, on its test file
+  python evaluate.py --run output/RUN --data FILE     # another run, other sentences
+  python evaluate.py --json scores.json               # the scores as JSON too
+  python evaluate.py --engine onnx                    # the run's ONNX file instead of the model as it was trained"""
 
 
 @command
@@ -56,18 +57,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Scores a saved run on labelled sentences: strict entities by type, micro, macro and weighted.",
-        epilog="example: python evaluate.py --run output/RUN --data my/test --json scores.json",
+        prog="python evaluate.py",
+        description="Scores a finished run on labelled sentences: strict F1 by type, micro, macro and weighted.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run", help="the run's folder (default: the newest finished one under output/)")
-    parser.add_argument("--data", help="a labelled file or hub:NAME (default: the test file of the run)")
+    parser.add_argument("--run", help="The run's folder. [the newest finished one under output/]")
+    parser.add_argument("--data", metavar="FILE", help="A labelled file, or hub:NAME. [the test file of the run]")
     parser.add_argument(
         "--engine",
         choices=["torch", "onnx"],
         default="torch",
-        help="torch: the model as it was trained (default); onnx: the ONNX file that predict.py tags with on a CPU",
+        help="torch: the model as it was trained; onnx: the file that predict.py tags with on a CPU. [torch]",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the scores to FILE as JSON; - prints them, and only them")
+    parser.add_argument(
+        "--json", metavar="FILE", help="Write the scores to FILE as JSON too; - prints them, and nothing else."
+    )
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Looks at tagged files before training on them.
+"""Looks at labelled files before training on them.
 
-python loader.py my/train my/dev my/test                # what they hold, and what spoils a training
-python loader.py my/train --tokenizer bert-base-chinese # the same, as another encoder sees it
-python loader.py my/train --json                        # the same for programs
+python loader.py my/train my/dev my/test                  # what they hold, and what spoils a training
+python loader.py my/train --tokenizer bert-base-chinese   # the same, as another encoder sees it
+python loader.py my/train --json                          # the same for programs
 """
 
 import argparse
@@ -28,19 +28,22 @@ Paint = Callable[[str, str], str]
 def main(argv: list[str] | None = None) -> None:
     """Print what the files hold that the command line names."""
     parser = argparse.ArgumentParser(
-        description="Shows what tagged files hold, and warns of what spoils a training.",
-        epilog="examples:\n" + "\n".join((__doc__ or "").splitlines()[2:]),
+        prog="python loader.py",
+        description="Shows what labelled files hold, and warns of what spoils a training.",
+        epilog="Examples:\n" + "\n".join("  " + line for line in (__doc__ or "").splitlines()[2:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="tagged files, the training file first; or hub:NAME")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="Labelled files, the training file first, or hub:NAME."
+    )
+    parser.add_argument("--json", action="store_true", help="Print the same as one JSON object.")
     parser.add_argument(
         "--tokenizer",
         metavar="DIR",
         default=str(DEFAULT_TOKENIZER),
-        help="encoder whose tokenizer is tried: a folder or a hub name (data/encoder)",
+        help="The encoder whose tokenizer is tried: a folder, or a name on the hub. [data/encoder]",
     )
-    parser.add_argument("--max_length", type=int, default=256, help="tokens of a window (%(default)s)")
+    parser.add_argument("--max_length", type=int, metavar="N", default=256, help="Tokens in a window. [%(default)s]")
     args = parser.parse_args(argv)
     corpora = [read(str(resolve_path(file) or file)) for file in args.files]
     for corpus in corpora[1:]:

@@ -41,19 +41,30 @@ def _export_into_run(run: str, kind: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python model.py", description="Hands the model of a run on.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python model.py",
+        description="Hands the model of a finished run on, to transformers or to ONNX Runtime.",
+        epilog="Examples:\n" + "\n".join("  " + line for line in (__doc__ or "").splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    merge_text = "write a plain transformers folder"
+    merge_text = "Writes a plain transformers folder, the adapter merged into the encoder."
     merge = commands.add_parser("merge", help=merge_text, description=merge_text, allow_abbrev=False)
-    merge.add_argument("run", metavar="RUN", help="a run folder or its model folder")
-    merge.add_argument("folder", metavar="DIR", help="a new folder")
-    export_text = "write ONNX files, checked against PyTorch"
+    merge.add_argument("run", metavar="RUN", help="The folder of a run, or its model folder.")
+    merge.add_argument("folder", metavar="DIR", help="The folder to make.")
+    export_text = "Writes ONNX files, and compares them with PyTorch."
     export = commands.add_parser("export", help=export_text, description=export_text, allow_abbrev=False)
-    export.add_argument("run", metavar="RUN", help="a run folder or its model folder")
-    export.add_argument("folder", metavar="DIR", nargs="?", help="a new folder; without one, RUN's own model folder")
-    export.add_argument("--int8", action="store_true", help="with DIR: write model_int8.onnx too")
-    export.add_argument("--fp32", action="store_true", help="without DIR: write model.onnx instead of model_int8.onnx")
-    export.add_argument("--format", default="onnx", choices=["onnx"], help="onnx, the only one there is")
+    export.add_argument("run", metavar="RUN", help="The folder of a run, or its model folder.")
+    export.add_argument(
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        help="The folder to make; without one, the file goes into RUN's model folder.",
+    )
+    export.add_argument("--int8", action="store_true", help="With DIR: write model_int8.onnx too.")
+    export.add_argument("--fp32", action="store_true", help="Without DIR: write model.onnx instead of model_int8.onnx.")
+    export.add_argument("--format", default="onnx", choices=["onnx"], help="onnx is the only one.")
     return parser
 
 

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from ner.predictor import Entity, Predictor, Result
 
 FORMATS = ("text", "jsonl", "bio", "html", "labelstudio", "doccano", "parquet")  # ner/writers.py; parquet: --ray
-FORMAT_HELP = """text: an entity a line; jsonl: a text a line, with offsets; bio: tags; html: a page; labelstudio,
-doccano: what these tools import as pre-annotations; parquet: with --ray"""
+FORMAT_HELP = """text: an entity a line; jsonl: a text a line, with offsets; bio: a character and its tag a line; html:
+a page with coloured entities; labelstudio, doccano: what these tools import; parquet: only with --ray. [text]"""
+EXAMPLES = """Examples:
+  python predict.py "江泽民在北京会见了比尔·盖茨。"
+  python predict.py --input texts.txt --output tagged.jsonl
+  python predict.py --input texts.txt --output tagged.html --format html
+  python predict.py --input texts.txt --output next.json --format labelstudio --uncertain 200
+  python predict.py --ray --input 'texts/*.txt' --output tagged/ --workers 4"""
 
 _last: "Predictor | None" = None  # the one that the module's predict() uses
 
@@ -115,26 +121,7 @@ def least_certain(groups: "Iterable[list[Result]]", count: int) -> "list[Result]
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line, checked before anything is loaded. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        description="Finds the entities in texts. Without a text: a prompt on a terminal, else standard input."
-    )
-    add = parser.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="one or more texts")
-    add("--input", metavar="FILE", help="a text a line, UTF-8 or GB18030; - is standard input")
-    add("--output", metavar="FILE", help="write there instead of the terminal (jsonl unless --format)")
-    add("--json", action="store_true", help="the same as --format jsonl")
-    add("--format", choices=FORMATS, help=FORMAT_HELP)
-    add("--uncertain", type=int, metavar="N", help="only the N texts the model is least sure of, the least sure first")
-    add("--run", metavar="DIR", help="a run's folder (default: the newest finished one under output/)")
-    add("--batch_size", type=int, default=32, help="windows in a batch (default: 32)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    engines = "onnx: the exported file; torch: the model itself; auto (default): torch on a GPU, onnx on a CPU"
-    add("--engine", choices=("auto", "onnx", "torch"), default="auto", help=engines)
-    precisions = "what torch computes in; auto (default): as a run is scored"
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precisions)
-    add("--ray", nargs="?", const="", metavar="ADDRESS", help="tag on a Ray cluster: --input 'PATTERN' --output FOLDER")
-    add("--workers", type=int, metavar="N", help="with --ray: processes (default: as many as there is room for)")
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     if options.texts and options.input:
         raise UserError("give texts or --input, not both")
     if options.json and options.format not in (None, "jsonl"):
@@ -152,6 +139,35 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if options.format == "parquet" and options.ray is None:
         raise UserError("--format parquet is for --ray; jsonl holds the same")
     return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python predict.py",
+        description="Finds the entities in texts. Without a text it is a prompt on a terminal, else it reads standard "
+        "input.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("texts", nargs="*", metavar="TEXT", help="One or more texts.")
+    add("--input", metavar="FILE", help="A file with a text a line, in UTF-8 or GB18030; - is standard input.")
+    add("--output", metavar="FILE", help="The file to write, as jsonl unless --format says otherwise. [the terminal]")
+    add("--run", metavar="RUN", help="The run whose model is taken. [the newest finished one under output/]")
+    add("--format", choices=FORMATS, help=FORMAT_HELP)
+    add("--json", action="store_true", help="The same as --format jsonl.")
+    add(
+        "--uncertain", type=int, metavar="N", help="Give only the N texts that the model is least sure of, those first."
+    )
+    engines = "onnx: the exported file; torch: the model itself; auto: torch on a GPU, else onnx where it is. [auto]"
+    add("--engine", choices=("auto", "onnx", "torch"), default="auto", help=engines)
+    add("--threads", type=int, metavar="N", help="CPU threads. [all cores]")
+    add("--batch_size", type=int, metavar="N", default=32, help="Windows in a batch. [%(default)s]")
+    precisions = "What torch computes in; auto: what the run is scored in. [auto]"
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precisions)
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help="Tag on a Ray cluster; without ADDRESS, on a local one.")
+    add("--workers", type=int, metavar="N", help="With --ray: processes. [as many as there is room for]")
+    return parser
 
 
 def _check_files(options: argparse.Namespace) -> None:

@@ -140,14 +140,13 @@ def compare_processes(tuning: str, pairs: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure and print a line a kernel."""
-    parser = argparse.ArgumentParser(description="Shows what each kernel gains.")
-    parser.add_argument("--tuning", nargs="+", default=["lora", "full"], choices=["lora", "full"])
-    parser.add_argument("--rounds", type=int, default=12, help="steps of each variant (%(default)s)")
-    parser.add_argument(
-        "--pairs", type=int, default=3, help="pairs of processes for the process settings (%(default)s)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios there")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--tuning", nargs="+", default=["lora", "full"], choices=["lora", "full"], help="What is trained. [lora full]")
+    add("--rounds", type=int, metavar="N", default=12, help="Steps of each variant. [%(default)s]")
+    add("--pairs", type=int, metavar="N", default=3, help="Pairs of processes for the process setting. [%(default)s]")
+    add("--json", type=Path, metavar="FILE", help="Write the ratios there too.")
+    add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child)

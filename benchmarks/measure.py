@@ -42,7 +42,6 @@ MEASUREMENTS = {
     "focal-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
     "--head softmax --loss focal",
     "methods-ner_data": f"benchmarks/scores.py --data ner_data --tuning {METHODS} --seeds 1 {NER_EPOCHS}",
-    "methods-msra": f"benchmarks/scores.py --tuning {METHODS} --seeds 1",
     "train-ner_data": "benchmarks/train.py --data ner_data --epochs 2",
     "train-msra": "benchmarks/train.py",
     "predict-msra": "benchmarks/predict.py --sentences 300",
@@ -103,10 +102,10 @@ def source(measurement: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("list")
-    run = actions.add_parser("run")
-    run.add_argument("name", choices=MEASUREMENTS)
-    run.add_argument("--times", type=int, default=1, help="how often the command is run (default: 1)")
+    actions.add_parser("list", help="List the measurements.", description="Lists the measurements.")
+    run = actions.add_parser("run", help="Make a measurement.", description="Makes a measurement and writes its file.")
+    run.add_argument("name", choices=MEASUREMENTS, metavar="NAME", help=f"One of {', '.join(MEASUREMENTS)}.")
+    run.add_argument("--times", type=int, metavar="N", default=1, help="How often the command is run. [%(default)s]")
     options = parser.parse_args()
     if options.action == "run":
         return measure(options.name, options.times)

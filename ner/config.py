@@ -7,6 +7,7 @@ pydantic checks the values. Neither pydantic-settings nor jsonargparse reads the
 loses the line of a key, the other's messages are several lines long, and both take the later of two equal keys.
 """
 
+import argparse
 import dataclasses
 import json
 import re
@@ -259,8 +260,15 @@ def _yaml(value: Any) -> str:
 
 
 @command
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print config.yaml."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ner.config",
+        description="Prints config.yaml: every key with its default and a sentence about it.",
+        epilog="Example:\n  python -m ner.config > config.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
     print(dump(Config()), end="")
 
 

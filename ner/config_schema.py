@@ -36,9 +36,9 @@ class Lora(_Strict):
 
     r: int = _key(16, "Rank: the width of the adapter.", ge=1)
     alpha: float = _key(32, "Scale: the adapter's output is multiplied by alpha / r.", gt=0)
-    dropout: float = _key(0.0, "Dropout before the adapter while training.", ge=0, lt=1)
+    dropout: float = _key(0.0, "Dropout before the adapter, while training.", ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[list[str], pydantic.Field(min_length=1)] | None = _key(
-        "all-linear", "Layers with an adapter: all-linear, a list like [query, value], null: peft's choice."
+        "all-linear", "Layers with an adapter: all-linear, a list like [query, value], or null: peft's choice."
     )
     bias: Literal["none", "all", "lora_only"] = _key("none", "Biases that are trained too: none, all or lora_only.")
 
@@ -54,43 +54,53 @@ class Config(_Strict):
         "data/msra/test", "Labelled sentences that are scored once, at the end; null for none.", min_length=1
     )
     pretrained: str = _key("data/encoder", "Pretrained encoder: a folder, or a name on the hub.", min_length=1)
-    tuning: TuningName = _key("lora", f"One of {', '.join(TUNINGS)}.")
-    epochs: int = _key(4, "Passes over train.", ge=1)
-    batch_size: int = _key(16, "Windows in a batch.", ge=1)
+    tuning: TuningName = _key("lora", f"Method: {', '.join(TUNINGS)}.")
+    epochs: int = _key(4, "Passes over train; a small corpus wants more.", ge=1)
+    batch_size: int = _key(16, "Windows in a batch: sentences, or parts of long ones.", ge=1)
     output: str = _key("output", "Folder that holds all runs.", min_length=1)
 
     max_train_sentences: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] | None = _key(
-        "auto", f"Random sample of train; null: all of it; auto: {SAMPLE} of data/msra, else all."
+        "auto", f"Sample of train: at most so many; null: all; auto: {SAMPLE} of data/msra, else all."
     )
     learning_rate: float | None = _key(None, "Peak learning rate; null takes what suits tuning and encoder.", gt=0)
     head_factor: float | None = _key(
-        None, "The new head learns this many times as fast; null takes what suits both too.", gt=0
+        None, "Learning rate of the new head, in multiples of learning_rate; null takes what suits.", gt=0
     )
-    lora: Lora = _key(Lora(), "Adapter of lora, dora, rslora and adalora.")
-    virtual_tokens: int = _key(10, "Virtual tokens of prompt, prefix and ptuning.", ge=1)
+    lora: Lora = _key(Lora(), "The adapter of lora, dora, rslora and adalora.")
+    virtual_tokens: int = _key(10, "How many virtual tokens prompt, prefix and ptuning put before the text.", ge=1)
     max_length: int = _key(256, "Tokens in a window; a longer sentence becomes several, none is cut off.", ge=8)
     dropout: float | None = _key(
-        0.1, "Dropout of encoder and head while training; null keeps the encoder's own.", ge=0, lt=1
+        0.1, "Dropout of encoder and head, while training; null keeps the encoder's own.", ge=0, lt=1
     )
     weight_decay: float = _key(0.01, "AdamW's weight decay, on matrices only.", ge=0)
-    warmup_ratio: float = _key(0.1, "Share of the steps in which the learning rate rises.", ge=0, le=1)
-    averaging: bool = _key(True, "Score and save a running average of the weights, steadier than the last ones.")
+    warmup_ratio: float = _key(
+        0.1, "Share of the steps in which the learning rate rises; after it, it falls to 0.", ge=0, le=1
+    )
+    averaging: bool = _key(
+        True, "true: score and save a running average of the weights, which is steadier than the last."
+    )
     decode: Literal["argmax", "viterbi"] = _key(
-        "viterbi", "viterbi: well-formed IOB2 only; argmax: the likeliest tags."
+        "viterbi", "viterbi: the best tags that are well-formed IOB2; argmax: each character's likeliest."
     )
     head: Literal["softmax", "crf"] = _key(
-        "crf", "crf: scores of steps from tag to tag are learned too; softmax: each tag by itself."
+        "crf", "crf: learns scores of the steps from tag to tag too; softmax: each tag by itself."
     )
-    crf_learning_rate: float = _key(1e-2, "Peak learning rate of the CRF's transitions.", gt=0)
+    crf_learning_rate: float = _key(1e-2, "Peak learning rate of the CRF's transition scores.", gt=0)
     loss: Literal["cross_entropy", "focal"] = _key(
-        "cross_entropy", "Loss of head softmax: cross_entropy, or focal, which counts hard characters more."
+        "cross_entropy", "For head softmax: cross_entropy, or focal, which counts easy characters less."
     )
-    label_smoothing: float = _key(0.0, "Share of a gold tag that is spread over all tags; for softmax.", ge=0, lt=1)
-    adversarial: Literal["none", "fgm"] = _key("none", "fgm: train on embeddings moved to raise the loss too.")
+    label_smoothing: float = _key(
+        0.0, "For head softmax: the share of a gold tag's weight that is spread over all tags.", ge=0, lt=1
+    )
+    adversarial: Literal["none", "fgm"] = _key(
+        "none", "none, or fgm: each step also trains on embeddings moved to raise the loss."
+    )
     adversarial_epsilon: float = _key(1.0, "How far fgm moves the embeddings of a window.", gt=0)
 
-    special_tokens: bool = _key(True, "Put [CLS] and [SEP] around each window.")
-    accumulation: int = _key(1, "Batches whose gradients make one step.", ge=1)
+    special_tokens: bool = _key(True, "true: put [CLS] and [SEP] around each window, as in pretraining.")
+    accumulation: int = _key(
+        1, "Batches whose gradients make one step: 4 batches of 4 compute what 1 of 16 does.", ge=1
+    )
     max_grad_norm: float = _key(1.0, "Maximum gradient norm (clipping).", gt=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _key(
         "auto", "fp32, bf16, fp16, or auto: what the device computes fastest."
@@ -99,14 +109,16 @@ class Config(_Strict):
         "auto", "auto: faster CPU kernels where they fit; plain: transformers and peft compute all."
     )
     export: Literal["int8", "fp32", "none"] = _key(
-        "int8", "ONNX file written beside the model for fast tagging on a CPU: int8, fp32 or none."
+        "int8", "ONNX file written beside the model, for fast tagging on a CPU: int8, fp32 or none."
     )
     seed: int = _key(1, "Seed of sampling, order, new weights and dropout.", ge=0, lt=2**32)
     run: str | None = _key(
         None, "Name of this run's folder; null names it by the time.", max_length=80, pattern=RUN_NAME
     )
     checkpoint_minutes: float = _key(5.0, "Minutes between checkpoints; each epoch ends with one too.", gt=0)
-    trackers: list[str] = _key([], "Trackers of accelerate, a list like [tensorboard] or [wandb].")
+    trackers: list[str] = _key(
+        [], "A list of tensorboard, wandb, swanlab, mlflow, aim, clearml, comet_ml, dvclive, trackio."
+    )
 
 
 def _flat(prefix: str, model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.FieldInfo]:

@@ -61,12 +61,16 @@ def main(argv: list[str] | None = None) -> None:
     """Write the page of a run, or of several beside each other, and print its path."""
     parser = argparse.ArgumentParser(
         prog="python -m ner.report",
-        description="Writes RUN/report.html: curves, scores and errors of a run on one page; or compares runs.",
-        epilog="Examples: python -m ner.report output/first; python -m ner.report --compare output/first output/second",
+        description="Writes the page of a run, RUN/report.html: its scores, curves and mistakes; or compares runs.",
+        epilog="Examples:\n  python -m ner.report\n  python -m ner.report output/first\n"
+        "  python -m ner.report --compare output/first output/second",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", nargs="?", help="The run's folder; the newest finished one under output/ if left out.")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="The run's folder. [the newest finished one]")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="Put these runs side by side on one page instead.")
-    parser.add_argument("--output", metavar="FILE", help="The page of --compare; comparison.html beside the first run.")
+    parser.add_argument(
+        "--output", metavar="FILE", help="The page that --compare writes. [comparison.html beside the first run]"
+    )
     options = parser.parse_args(argv)
     if options.compare:
         runs = [Path(run) for run in ([options.run] if options.run else []) + options.compare]

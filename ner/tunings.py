@@ -184,7 +184,7 @@ TUNINGS: dict[str, Tuning] = {
         merges=True,
     ),
     "bitfit": Tuning("the biases (Ben Zaken et al. 2021)", learning_rate=1e-2, trains=r"bias$"),
-    "freeze": Tuning("the head alone", learning_rate=3e-2, trains=r"(?!)"),  # a pattern that matches nothing
+    "freeze": Tuning("nothing: the head alone", learning_rate=3e-2, trains=r"(?!)"),  # a pattern that matches nothing
     "prompt": Tuning(
         "vectors of virtual tokens before each window (Lester et al. 2021)",
         learning_rate=1e-2,

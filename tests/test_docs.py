@@ -1,10 +1,10 @@
 """The documents: their commands run, their links lead somewhere, their tables of keys and figures are true."""
 
+import argparse
 import importlib.util
 import os
 import re
 import runpy
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,40 +13,28 @@ import pytest
 import runs
 import tiny
 import yaml
+from documents import (
+    BENCHMARKS,
+    COMMANDS,
+    CURRENT,
+    DOCUMENTS,
+    ROOT,
+    commands,
+    ids,
+    parser_of,
+    section,
+    unknown_options,
+    wrong_commands,
+    wrong_settings,
+)
 
 from ner import config
 
-ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
-DOCUMENTS = sorted(
-    {*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("data/*.md"), ROOT / "data/encoder/README.md"}
-    | {*ROOT.glob("tests/*.md"), *ROOT.glob("tests/*/*.md")}
-)
 CONFIG_TABLES = [ROOT / "docs/config.md", ROOT / "docs/zh/config.md"]
 
 
-def ids(file: Path) -> str:
-    return str(file.relative_to(ROOT))
-
-
 # Commands
-
-
-def section(text: str, heading: str) -> str:
-    """Return a second-level section of a document."""
-    match = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
-    assert match, f"no section {heading!r}"
-    return match[1]
-
-
-def commands(text: str) -> list[list[str]]:
-    """Return the `python …` commands of a section, as words: those of its bash blocks, then those of its table."""
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    for cell in re.findall(r"^\| (`.*?) \|", text, re.M):
-        whole = re.findall(r"`(.*?)`", cell)
-        script = re.match(r"python (-m )?\S+", whole[0])[0]
-        lines += [part.replace("…", script, 1) if part.startswith("…") else part for part in whole]
-    return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "python"]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +132,40 @@ def test_the_sample_of_the_own_data_section_is_read(tmp_path):
 def test_both_readmes_show_the_same_commands():
     english, chinese = (re.findall(r"```(?:bash|python)\n(.*?)```", file.read_text("utf-8"), re.S) for file in READMES)
     assert [re.sub("#.*", "", block) for block in english] == [re.sub("#.*", "", block) for block in chinese]
+
+
+# Command lines in all documents: scripts, options and values exist
+
+
+@pytest.mark.parametrize("file", CURRENT, ids=ids)
+def test_commands_in_documents_are_accepted(file):
+    text = file.read_text("utf-8")
+    assert wrong_commands(text) + unknown_options(text) + wrong_settings(text) == []
+
+
+def test_a_wrong_command_is_seen():
+    text = """`python main.py --epoch 3`, `python predict.py --fast`, `--nonsense 3`, `head: softmix`, `--threads 2`,
+        python benchmarks/scores.py --seeds 1 -- --tuning ful
+        torchrun main.py --epochs none  # a comment
+    """
+    assert [line.split(":")[0] for line in wrong_commands(text)] == [
+        "benchmarks/scores.py --seeds 1 -- --tuning ful",
+        "main.py --epochs none",
+        "main.py --epoch 3",
+        "predict.py --fast",
+    ]
+    assert unknown_options(text) == ["--nonsense"]
+    assert [line.split(":")[0] for line in wrong_settings(text)] == ["head"]
+
+
+@pytest.mark.parametrize("script", [*COMMANDS, *BENCHMARKS])
+def test_help_is_of_whole_sentences_and_ends_with_examples(script):
+    parser = parser_of(script)
+    for action in parser._actions:
+        if "--help" in action.option_strings or action.help == argparse.SUPPRESS:
+            continue
+        assert re.fullmatch(r"([A-Z-]|\w+: ).*\.( \[.*\])?", " ".join((action.help or "").split())), action
+    assert f"python {'-m ' * (not script.endswith('.py'))}{script}" in (parser.epilog or parser.description)
 
 
 # Links

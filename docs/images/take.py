@@ -4,6 +4,7 @@ Needs a Unix terminal (`pty`), chromium and a Chinese font (Debian: `apt-get ins
 `report.png` is the upper part of the run's report.html, `predict.png` what predict.py prints on a terminal.
 """
 
+import argparse
 import html
 import os
 import pty
@@ -68,8 +69,11 @@ def screenshot(page: str, image: Path, width: int, height: int) -> None:
         subprocess.run(["chromium", *options, f"--screenshot={image}", file.as_uri()], check=True, capture_output=True)
 
 
-def main(run: Path) -> None:
+def main() -> None:
     """Take both screenshots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", type=Path, help="The folder of a finished run.")
+    run = parser.parse_args().run.resolve()
     report = re.sub(r"(?:/[\w.-]+)+/(data/msra/)", r"\1", (run / "report.html").read_text("utf-8"))  # no one's folders
     screenshot(report, IMAGES / "report.png", 1000, 1120)
     output = terminal_output([sys.executable, str(ROOT / "predict.py"), "--run", str(run), *TEXTS])
@@ -78,4 +82,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main()
