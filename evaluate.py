@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ner.errors import UserError, command
-from ner.files import write_text
+from ner.files import whole_folder, write_text
 from ner.paths import resolve_path
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     from ner.scores import newest_run, score_sentences, table
 
     run = Path(options.run) if options.run else newest_run()
-    if not (run / "model").is_dir():
+    if not whole_folder(run / "model").is_dir():
         raise UserError(f"{run}: expected the folder of a run, which holds model/")
     config = _config_of(run)
     corpus = _read(options.data, config, run)

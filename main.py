@@ -68,7 +68,9 @@ def train(
     training = build(config, corpus, accelerator, run)
     writes, steps = accelerator.is_main_process, training.steps_an_epoch
     checkpoints = Checkpoints(run, training, config.checkpoint_minutes, writes)
-    progress = checkpoints.resume() or Progress(data=training.digest, micro_batch=config.batch_size)
+    progress = checkpoints.resume() or Progress(
+        data=training.digest, encoder=training.encoder_digests, micro_batch=config.batch_size
+    )
     if writes and (progress.epoch < config.epochs or config.test is None):
         discard_results(run)
     with progress_bar(steps, shown=writes) as bar, Stop(accelerator) as stop:

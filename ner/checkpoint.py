@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ner import adalora
+from ner import adalora, saved_model
 from ner.errors import UserError
 from ner.files import remove_leftovers, replacing, temporary_path, write_text
 from ner.optimizer import Optimizer
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("__main__")
 FILE = Path("checkpoint") / "state.safetensors"
-FORMAT = 2  # 1 knew no good_steps, and had no version in its metadata
+FORMAT = 3  # 2 knew no encoder; 1 knew no good_steps, and had no version in its metadata
 
 
 def save(run: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
@@ -130,6 +130,7 @@ class Checkpoints:
                 f"{self.run}: the training sentences, their labels or the number of processes changed "
                 "since it was stopped; put them back, or start a new run"
             )
+        self._check_encoder(progress)
         try:
             restore(self.training.model, self.optimizer, tensors, progress)
         except UserError as error:
@@ -139,11 +140,31 @@ class Checkpoints:
             self._repair(progress)
         return progress
 
+    def _check_encoder(self, progress: Progress) -> None:
+        """Raise UserError where a file of the encoder, whose frozen weights no checkpoint holds, is another now."""
+        now, name = self.training.encoder_digests, self.training.config.pretrained
+        if not progress.encoder:
+            log.warning("the checkpoint has no digest of its encoder: a change of %s would go unnoticed", name)
+            progress.encoder = now
+        changed = sorted(file for file in now | progress.encoder if now.get(file) != progress.encoder.get(file))
+        if changed:
+            raise UserError(
+                f"{self.run}: {', '.join(changed)} of the encoder {name} changed since the run was stopped; put the "
+                "old file back, or start a new run"
+            )
+
     def _repair(self, progress: Progress) -> None:
         """Write what a process that was killed after its checkpoint did not come to."""
-        if progress.epoch and progress.best == progress.epoch and not progress.step:
-            self._write_model(self.optimizer.scored)
+        if progress.best and progress.best == progress.epoch and not progress.step and not self._has_model_of(progress):
+            self._write_model(self.optimizer.scored, progress.best)
         self._write_metrics(progress)
+
+    def _has_model_of(self, progress: Progress) -> bool:
+        """Whether the saved model is that of the best epoch, and loads; what lies beside it then stays."""
+        try:
+            return saved_model.load(self.run / "model")[2]["epoch"] == progress.best
+        except UserError:
+            return False
 
     def due(self) -> bool:
         """Return whether it is time for the next checkpoint."""
@@ -180,16 +201,16 @@ class Checkpoints:
         if not self.run.is_dir():
             raise FileNotFoundError(2, "the folder is gone", str(self.run))
         if self.unsaved_best and not is_best:
-            self._write_model(self.unsaved_best)
+            self._write_model(self.unsaved_best, progress.best)
         save(self.run, self.training.model, self.optimizer, progress)
         if is_best:
-            self._write_model(self.optimizer.scored)
+            self._write_model(self.optimizer.scored, progress.best)
         self.unsaved_best = None
         self._write_metrics(progress)
 
-    def _write_model(self, weights: dict[str, torch.Tensor]) -> None:
+    def _write_model(self, weights: dict[str, torch.Tensor], epoch: int | None) -> None:
         with self.optimizer.using(weights):
-            self.training.save_model(self.run / "model")
+            self.training.save_model(self.run / "model", epoch or 0)
 
     def _write_metrics(self, progress: Progress) -> None:
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in progress.history)

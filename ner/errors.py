@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -49,11 +50,27 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
 def _take_any_text() -> None:
     """Have the standard streams take every character: in UTF-8 for files and pipes, as the terminal can otherwise."""
+    if sys.stdout is not None and isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        sys.stdout = _buffered(sys.stdout)
     for stream in (sys.stdout, sys.stderr, sys.stdin):
         if hasattr(stream, "reconfigure"):
             encoding = {} if stream.isatty() else {"encoding": "utf-8"}
             with contextlib.suppress(OSError, ValueError):  # closed, or read from already
                 stream.reconfigure(errors="replace", **encoding)
+
+
+def _buffered(stream: Any) -> io.TextIOWrapper:
+    """Return a stream to the same file that flushes after each line, for one that has no buffer (PYTHONUNBUFFERED).
+
+    Without a buffer, what cannot be written is forgotten: where logging or argparse suppress the error, no later flush
+    would tell of it.
+    """
+    return io.TextIOWrapper(
+        open(stream.fileno(), "wb", closefd=False),  # noqa: SIM115  (it lives as long as the process)
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=True,
+    )
 
 
 def _output_is_broken(error: OSError) -> bool:

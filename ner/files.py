@@ -83,9 +83,15 @@ def replace_folder(fresh: str | os.PathLike, target: str | os.PathLike) -> None:
 def restore_folder(target: str | os.PathLike) -> None:
     """Put back the newest old folder where a process was killed between the two renames of `replace_folder`."""
     target = Path(target)
-    old = _temporaries(target, REPLACED)
+    old = _newest_replaced(target)
     if old and not target.exists():
-        os.rename(max(old, key=lambda path: path.stat().st_mtime_ns), target)
+        os.rename(old, target)
+
+
+def whole_folder(target: str | os.PathLike) -> Path:
+    """Return `target`, or its old folder where a process was killed between the two renames. Moves nothing."""
+    target = Path(target)
+    return target if target.exists() else _newest_replaced(target) or target
 
 
 def remove_leftovers(target: str | os.PathLike) -> None:
@@ -146,3 +152,7 @@ def _temporaries(target: Path, kind: str) -> list[Path]:
     with contextlib.suppress(OSError):
         return [path for path in target.parent.iterdir() if path.name.startswith(prefix)]
     return []
+
+
+def _newest_replaced(target: Path) -> Path | None:
+    return max(_temporaries(target, REPLACED), key=lambda path: path.stat().st_mtime_ns, default=None)

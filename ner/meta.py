@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ner import files
 from ner.errors import UserError
 from ner.formats.schemes import is_tag
 from ner.tunings import TUNINGS
@@ -27,19 +28,21 @@ KEYS = {
     "head": str,
     "format_version": int,
     "encoder_sha256": dict,
+    "epoch": int,  # after which the model was saved, from 1; 0 where that is not known
 }
 FORMAT_VERSION = 1  # of ner.json; raise it when an older program would misread what is written
 # Keys that older models lack, and what those models have.
-DEFAULTS: dict[str, Any] = {"head": "softmax", "format_version": 0, "encoder_sha256": {}}
+DEFAULTS: dict[str, Any] = {"head": "softmax", "format_version": 0, "encoder_sha256": {}, "epoch": 0}
 CHOICES = {"unit": ("character", "word"), "decode": ("argmax", "viterbi"), "head": ("softmax", "crf")}
 CRF_FILE = "crf.safetensors"
 
 
 def model_folder(folder: str | Path) -> Path:
     """Return the model folder of a run folder, and of a model folder itself."""
-    folder = Path(folder)
-    if not (folder / "ner.json").exists() and (folder / "model" / "ner.json").exists():
-        return folder / "model"
+    folder = files.whole_folder(folder)
+    inner = files.whole_folder(folder / "model")
+    if not (folder / "ner.json").exists() and (inner / "ner.json").exists():
+        return inner
     return folder
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from ner import decoding
 from ner.engines import best_device, choose_engine
 from ner.errors import UserError
+from ner.files import whole_folder
 from ner.meta import model_folder, read_meta
 from ner.paths import resolve_path
 from ner.tagging import Tagger
@@ -94,7 +95,7 @@ def run_folder(run: str | Path | None) -> Path:
         from ner.scores import newest_run
 
         run = newest_run()
-    folder = resolve_path(run)
+    folder = resolve_path(whole_folder(run))
     if folder is None or not folder.is_dir():
         raise UserError(f"{run}: no such folder; give a run, such as output/20240506-104917, or its model folder")
     return folder

@@ -33,6 +33,7 @@ class Progress:
     scale: float = 1.0  # of the loss, in float16
     good_steps: int = 0  # steps since the scale changed
     data: str = ""  # what is trained on: see digest()
+    encoder: dict[str, str] = dataclasses.field(default_factory=dict)  # {file name: sha256} of what it starts from
 
     def remaining(self, batches: Sequence[list[Window]]) -> Sequence[list[Window]]:
         """Return the batches of an epoch that are still to come."""

@@ -10,6 +10,7 @@ import numpy as np
 from ner.corpus import Sentence
 from ner.decoding import spans
 from ner.errors import UserError
+from ner.files import whole_folder
 from ner.paths import ROOT
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def newest_run(output: str | Path = "output") -> Path:
             for mark in marks
             for path in folder.glob(mark)
         ]
-        whole = [(when, run) for when, run in runs if (run / "model").is_dir()]
+        whole = [(when, run) for when, run in runs if whole_folder(run / "model").is_dir()]
         if whole:
             return max(whole)[1]
     raise UserError(f"{folder}: holds no finished run; train one with `python main.py`, or name one with --run")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ner import adalora, batches, kernels, saved_model
+from ner import adalora, batches, encoder, kernels, saved_model
 from ner import model as models
 from ner.adversarial import FastGradient
 from ner.config import Config, dump, rate_warning
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("__main__")
+ENCODER_FILES = ("config.json", "tokenizer.json", "vocab.txt")  # beside its weights: what a run on it depends on
 
 
 @dataclasses.dataclass
@@ -58,6 +59,14 @@ class Training:
     def digest(self) -> str:
         """What is trained on, for checkpoints: sentences, labels and steps."""
         return digest(self.corpus.sentences, self.meta["labels"], self.steps_an_epoch)
+
+    @functools.cached_property
+    def encoder_digests(self) -> dict[str, str]:
+        """{file name: sha256} of the encoder's weights, config and tokenizer, for checkpoints."""
+        folder = Path(encoder.find(self.config.pretrained)[0])
+        weights = self.meta["encoder_sha256"] or encoder.digests(folder)
+        others = [folder / name for name in ENCODER_FILES if (folder / name).is_file()]
+        return weights | {file.name: encoder.sha256(file) for file in others}
 
     @functools.cached_property
     def time_left(self) -> TimeLeft:
@@ -101,10 +110,10 @@ class Training:
             self.tagger.transitions = self.crf.numpy() if self.crf else None
             yield
 
-    def save_model(self, folder: Path) -> None:
-        """Write the model with the weights that it has now, whole or not at all."""
+    def save_model(self, folder: Path, epoch: int) -> None:
+        """Write the model with the weights that it has now, those after `epoch`, whole or not at all."""
         transitions = {"transitions": self.crf.numpy()} if self.crf else {}
-        saved_model.save(self.model, self.tokenizer, self.meta | transitions, folder)
+        saved_model.save(self.model, self.tokenizer, self.meta | transitions | {"epoch": epoch}, folder)
 
 
 def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path | None = None) -> Training:

@@ -78,6 +78,27 @@ def test_a_full_disk_behind_standard_output_is_one_line(code, unbuffered):
     assert done.stderr == b"error: standard output: cannot be written (No space left on device)\n"
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_run_whose_log_fills_the_disk_behind_standard_output_ends_and_says_so(tmp_path, unbuffered):
+    code = (
+        "import logging; from pathlib import Path; from ner import run\n"
+        f"with run.opened(Path({str(tmp_path)!r}), writes=True):\n"
+        "    logging.getLogger('__main__').info('first')\n"
+        "    logging.getLogger('__main__').info('last')"
+    )
+    with open(FULL, "w") as full:
+        done = run(code, stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert done.stderr == b"error: standard output: cannot be written (No space left on device)\n"
+    assert done.returncode == 2 and "last" in (tmp_path / "train.log").read_text("utf-8")
+
+
+def test_without_a_buffer_each_line_is_seen_at_once():
+    code = "import os\nprint('first')\nos.write(1, b'second\\n')\nprint('third')"
+    done = run(code, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert done.stdout == b"first\nsecond\nthird\n"
+
+
 def test_a_reader_that_goes_away_is_no_error():
     code = "import os\nr, w = os.pipe()\nos.dup2(w, 1)\nos.close(r)\nos.close(w)\nprint('x' * 10**6)"
     done = run(code)
@@ -106,10 +127,11 @@ def test_other_errors_keep_their_traceback():
         ["-m", "ner.config"],
     ],
 )
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")
-def test_every_command_says_that_its_output_is_full(argv):
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # argparse hides it
-    keys = {"cwd": ROOT, "env": buffered, "stderr": subprocess.PIPE, "timeout": 60, "text": True}
+def test_every_command_says_that_its_output_is_full(argv, unbuffered):
+    settings = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    keys = {"cwd": ROOT, "env": settings, "stderr": subprocess.PIPE, "timeout": 60, "text": True}
     with open(FULL, "w") as full:
         done = subprocess.run([sys.executable, *argv], stdout=full, **keys)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

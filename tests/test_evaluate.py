@@ -14,6 +14,7 @@ import trained
 
 import evaluate
 import main
+from ner import files
 
 TYPES = ("PER", "LOC", "ORG")
 
@@ -43,6 +44,27 @@ def test_the_command_gives_the_numbers_of_test_json_exactly(run, tmp_path, capsy
     assert all(name in table for name in (*TYPES, "micro", "macro", "weighted", "accuracy"))
     evaluate.main(["--run", str(run), "--json", "-"])
     assert json.loads(capsys.readouterr().out) == json.loads((run / "test.json").read_text("utf-8"))
+
+
+def test_a_run_killed_between_the_renames_of_its_model_is_read_as_it_was(run, tmp_path, capsys, monkeypatch):
+    import model
+    import predict
+
+    killed = shutil.copytree(run, tmp_path / "output" / "run")
+    (killed / "model").rename(files.temporary_path(killed / "model", files.REPLACED))
+    before = sorted(killed.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    scores = (run / "test.json").read_text("utf-8")
+    for named in (["--run", str(killed)], []):
+        evaluate.main([*named, "--json", "-"])
+        assert json.loads(capsys.readouterr().out) == json.loads(scores)
+    texts = ["张伟说"]
+    expected = predict.load(run, engine="torch").predict(texts)
+    for place in (None, killed, killed / "model"):
+        assert predict.load(place, engine="torch").predict(texts) == expected
+    assert sorted(killed.rglob("*")) == before, "a reader moves nothing"
+    model.main(["merge", str(killed), str(tmp_path / "merged")])
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_other_data_is_scored_and_unknown_types_are_named(run, tmp_path, capsys):

@@ -166,3 +166,15 @@ def test_a_disk_that_does_not_sync_folders_is_used_all_the_same(tmp_path, monkey
     monkeypatch.setattr(os, "fsync", fsync)
     files.write_text(tmp_path / "file", "new")
     assert tree(tmp_path) == {"file": "new"}
+
+
+def test_readers_find_the_old_folder_between_the_renames_and_move_nothing(tmp_path):
+    target = tmp_path / "model"
+    assert files.whole_folder(target) == target, "there is none yet"
+    old = folder_with(files.temporary_path(target, files.REPLACED), "old")
+    folder_with(files.temporary_path(target, files.WRITING), "half")
+    before = tree(tmp_path)
+    assert files.whole_folder(target) == old
+    assert tree(tmp_path) == before
+    folder_with(target, "whole")
+    assert files.whole_folder(target) == target

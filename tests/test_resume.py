@@ -120,6 +120,59 @@ def test_killed_between_checkpoint_and_model_the_best_model_is_written_again(tmp
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_whole_model_of_the_best_epoch_stays_on_resume_with_what_lies_beside_it(tmp_path):
+    main.main(runs.argv(tmp_path, epochs=1))
+    model = tmp_path / "run" / "model"
+    (model / "mine.onnx").write_bytes(b"exported by hand")
+    before = (model / "model.safetensors").stat()
+    main.main(["--resume", str(tmp_path / "run")])
+    after = (model / "model.safetensors").stat()
+    assert (model / "mine.onnx").read_bytes() == b"exported by hand"
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "older", "unknown"])
+def test_a_model_that_is_not_that_of_the_best_epoch_is_written_again(tmp_path, damage):
+    main.main(runs.argv(tmp_path, run="whole", epochs=2))
+    main.main(runs.argv(tmp_path, epochs=2))
+    assert checkpoint.load(tmp_path / "run")[1].best == 2
+    weights, ner_json = (tmp_path / "run" / "model" / name for name in ("model.safetensors", "ner.json"))
+    meta = json.loads(ner_json.read_text("utf-8"))
+    assert meta["epoch"] == 2
+    if damage == "missing":
+        shutil.rmtree(weights.parent)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        zeros = {name: torch.zeros_like(weight) for name, weight in load_file(weights).items()}
+        save_file(zeros, weights, {"format": "pt"})
+        meta.pop("epoch")
+        ner_json.write_text(json.dumps(meta | ({"epoch": 1} if damage == "older" else {})), "utf-8")
+    main.main(["--resume", str(tmp_path / "run")])
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_an_encoder_that_changed_since_is_named(tmp_path, capsys, tuning, name):
+    encoder = shutil.copytree(runs.world() / "encoder", tmp_path / "encoder")
+    main.main(runs.argv(tmp_path, pretrained=encoder, tuning=tuning, epochs=1))
+    changed = encoder / name
+    before = changed.read_bytes()
+    if name == "model.safetensors":
+        tensors = load_file(changed)
+        changed.unlink()
+        save_file({key: tensor + 1 for key, tensor in tensors.items()}, changed, {"format": "pt"})
+    else:
+        changed.write_bytes(before.replace("京".encode(), "亰".encode()))
+    text = refused(capsys, "--resume", tmp_path / "run", "--epochs", 2)
+    assert f"{name} of the encoder {encoder} changed" in text
+    changed.unlink()
+    changed.write_bytes(before)
+    main.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])
+    assert len(lines(tmp_path / "run")) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_ends_the_step_and_says_how_to_go_on(whole, tmp_path, number):
     run = tmp_path / "run"
