@@ -10,6 +10,7 @@ import numpy as np
 
 FORBIDDEN = np.float32(-1e30)  # finite, so that sums of it stay comparable
 Advance = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # see _Scheme.advance
+TABLE = 500_000  # entries of labels x labels tables that are computed together
 MEMORY = 2_000_000  # table entries that one batch of Viterbi holds at most
 
 
@@ -93,6 +94,37 @@ class _Scheme:
         before[:, self.inside] = np.where(inside > begin, self.inside, self.begin)
         return reached, before
 
+    def advance_by(self, transitions: np.ndarray) -> Advance:
+        """Return `advance` with a CRF's transitions, float32 [labels, labels], as part of what paths are worth.
+
+        An I has the same two choices. O and B may follow anything, which takes a table of labels x labels for each row.
+        A label whose best transition leads to less than another one's worst is left out of it; where the scores are
+        clear, that is nearly every label.
+        """
+        from_begin, from_inside = transitions[self.begin, self.inside], transitions[self.inside, self.inside]
+        free = np.flatnonzero(~self.is_inside)
+        steps = np.ascontiguousarray(transitions[:, free].T)  # [free, labels]: to the row from the column
+        highest, lowest = steps.max(axis=0, initial=FORBIDDEN), steps.min(axis=0, initial=-FORBIDDEN)
+        at_once = max(1, TABLE // max(1, steps.size))
+
+        def advance(best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            reached, before = np.empty_like(best), np.empty(best.shape, np.int64)
+            begin, inside = best[:, self.begin] + from_begin, best[:, self.inside] + from_inside
+            reached[:, self.inside] = np.maximum(begin, inside)
+            before[:, self.inside] = np.where(inside > begin, self.inside, self.begin)
+            for start in range(0, len(best) if len(free) else 0, at_once):
+                rows = slice(start, start + at_once)
+                worths = best[rows]
+                may_lead = worths + highest >= (worths + lowest).max(axis=1, keepdims=True)
+                sources = np.flatnonzero(may_lead.any(axis=0))
+                options = worths[:, None, sources] + steps[:, sources]  # [rows, free, sources]
+                first = options.argmax(axis=2)
+                reached[rows, free] = np.take_along_axis(options, first[:, :, None], axis=2)[:, :, 0]
+                before[rows, free] = sources[first]
+            return reached - reached.max(axis=1, keepdims=True), before
+
+        return advance
+
     def broken_steps(self, path: np.ndarray, is_start: np.ndarray) -> np.ndarray:
         """Return the positions of a path, int64 [n], whose label may not follow the one before in its sentence."""
         before, after = path[:-1], path[1:]
@@ -133,18 +165,12 @@ def crf_viterbi(scores: list[np.ndarray], labels: list[str], transitions: np.nda
     No path starts inside an entity or takes a step that IOB2 forbids, whatever the transitions are.
     """
     flat, starts = _flatten(scores)
-    flat[starts[:, None], _Scheme.of(labels).inside] = FORBIDDEN
-    steps = np.where(allowed_steps(labels), transitions, FORBIDDEN).astype(np.float32)
-
-    def advance(best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        options = best[:, :, None] + steps
-        reached = options.max(axis=1)
-        return reached - reached.max(axis=1, keepdims=True), options.argmax(axis=1)
-
+    scheme = _Scheme.of(labels)
+    flat[starts[:, None], scheme.inside] = FORBIDDEN
     path = np.zeros(len(flat), np.int64)
     sizes = np.array([len(rows) for rows in scores if len(rows)], np.int64)
-    for begins, group in _batches(starts, sizes, len(labels), at_once=MEMORY // len(labels) ** 2):
-        _solve(flat, begins, group, advance, path)
+    for begins, group in _batches(starts, sizes, len(labels)):
+        _solve(flat, begins, group, scheme.advance_by(transitions), path)
     return np.split(path, np.cumsum([len(rows) for rows in scores])[:-1]) if scores else []
 
 

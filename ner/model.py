@@ -56,6 +56,7 @@ def build(
         "head": config.head,
         "format_version": FORMAT_VERSION,
         "encoder_sha256": {},
+        "epoch": 0,  # until it is saved
     }
     if tuning.adapter is not None:  # an adapter is right with this very encoder alone
         meta["encoder_sha256"] = encoder.digests(Path(encoder.find(config.pretrained)[0]))  # downloaded by now
