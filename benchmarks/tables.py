@@ -14,14 +14,29 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))  # also where this file is imported, by its test
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # also where this file is imported, by its test
 from measure import load, source  # noqa: E402
+
+from ner.tunings import BASE_SIZE, TUNINGS  # noqa: E402
 
 DOCUMENTS = (
     "README.md",
     "README.zh.md",
     *(f"docs/{name}.md" for name in ("results", "performance", "tuning", "cluster", "zh/tuning")),
 )
+TRAINED_ZH = {
+    "lora": "每个线性层旁的低秩矩阵（Hu 等，2021）",
+    "full": "所有权重",
+    "dora": "LoRA，每列另有一个幅度（Liu 等，2024）",
+    "rslora": "LoRA，按 alpha / √r 缩放（Kalajdzievski，2023）",
+    "adalora": "LoRA，把秩分配给最需要的层（Zhang 等，2023）",
+    "ia3": "key、value 和前馈层激活的缩放系数（Liu 等，2022）",
+    "bitfit": "偏置（Ben Zaken 等，2021）",
+    "freeze": "无，只训练分类头",
+    "prompt": "每个窗口前的虚拟 token 向量（Lester 等，2021）",
+    "prefix": "每层虚拟 token 的 key 和 value（Li 和 Liang，2021）",
+    "ptuning": "由小网络生成的虚拟 token（Liu 等，2021）",
+}
 Rows = list[list[str]]
 
 
@@ -128,6 +143,18 @@ def methods(chinese: bool) -> tuple[list[str], Rows]:
     return head, rows
 
 
+def rates(chinese: bool) -> tuple[list[str], Rows]:
+    """The table of docs/tuning.md: the learning rates that ner/tunings.py holds."""
+    head = ["tuning", "learning rate", "head_factor", "the same, base size", "what is trained beside the head"]
+    if chinese:
+        head = ["方法", "学习率", "head_factor", "base 规模的编码器", "分类头之外训练什么"]
+    rows = []
+    for name, tuning in TUNINGS.items():
+        small, base = ([f"{number:g}" for number in tuning.rates(size)] for size in (BASE_SIZE - 1, BASE_SIZE))
+        rows.append([f"`{name}`", *small, ", ".join(base), TRAINED_ZH[name] if chinese else tuning.summary])
+    return head, rows
+
+
 PEERS = {"peer_": "Trainer + peft", "tuned_": "with `bf16=True`, length-grouped"}  # prefix of its figures -> its name
 
 
@@ -190,6 +217,7 @@ TABLES: dict[str, Callable[[bool], tuple[list[str], Rows]]] = {
     "scores": scores,
     "all scores": all_scores,
     "methods": methods,
+    "rates": rates,
     "training speed": training_speed,
     "tagging speed": tagging_speed,
     "cost": cost,
