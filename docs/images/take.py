@@ -1,6 +1,7 @@
 """Take the README's two screenshots from a finished run: `python docs/images/take.py RUN`.
 
 Needs a Unix terminal (`pty`), chromium and a Chinese font (Debian: `apt-get install chromium fonts-wqy-microhei`).
+`pngquant --force --ext .png 32 docs/images/*.png` makes the files small.
 `report.png` is the upper part of the run's report.html, `predict.png` what predict.py prints on a terminal.
 """
 
