@@ -1,5 +1,6 @@
 """Gold tags + predicted tags → scores, by seqeval's strict IOB2."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ner.tagging import Tagger
 
+log = logging.getLogger("__main__")
 MEASURES = ("precision", "recall", "f1")
 AVERAGES = ("micro", "macro", "weighted")
 AT_ONCE = 2048  # sentences whose scores are held in memory together
@@ -141,3 +143,12 @@ def table(scores: dict[str, Any]) -> str:
         measures = "".join(f"  {row[key]:8.6f}" for key in MEASURES)
         lines.append(f"{name:{width}}{measures}  {row['support']:8d}")
     return "\n".join([*lines, f"accuracy of the tags: {scores['accuracy']:.6f}"])
+
+
+def log_scores(scores: dict[str, Any]) -> None:
+    """Log precision, recall and F1 of each type, and the two averages."""
+    for name, row in scores["types"].items():
+        log.info("%s类实体，准确率：%f, 召回率: %f, F1: %f", name, row["precision"], row["recall"], row["f1"])
+    log.info("Macro-F1: %f", scores["macro"]["f1"])
+    log.info("Micro-F1 %f", scores["micro"]["f1"])
+    log.info("-" * 20)

@@ -19,11 +19,12 @@ from ner.adversarial import FastGradient
 from ner.config import Config, dump, rate_warning
 from ner.corpus import Corpus, label_list
 from ner.crf import Crf
+from ner.errors import UserError
 from ner.files import write_text
 from ner.losses import Loss, loss_function
 from ner.optimizer import Optimizer
 from ner.precision import choose_dtype
-from ner.progress import TimeLeft, digest, seed_of, tokens_of
+from ner.progress import Progress, TimeLeft, digest, seed_of, tokens_of
 from ner.run import environment
 from ner.tagging import Tagger
 from ner.windows import Window
@@ -87,6 +88,15 @@ class Training:
         """Of the whole run."""
         return self.config.epochs * self.steps_an_epoch
 
+    @property
+    def logged_steps(self) -> tuple[int, int, int]:
+        """The steps of an epoch whose loss is logged: the first, the middle one and the last."""
+        return 0, (self.steps_an_epoch - 1) // 2, self.steps_an_epoch - 1
+
+    def steps_taken(self, progress: Progress) -> int:
+        """Return how many steps the run has taken, which is the number of the next one."""
+        return progress.epoch * self.steps_an_epoch + progress.step
+
     def batches_of(self, epoch: int) -> list[list[Window]]:
         """Return the batches of an epoch (from 0), one a step, mixed by the run's seed and the epoch."""
         return batches.shuffled(self.windows, self.windows_a_step, seed=seed_of(self.config.seed, epoch))
@@ -102,6 +112,37 @@ class Training:
         warmup = round(self.steps * self.config.warmup_ratio)
         share = (step + 1) / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
         return peak_learning_rate(self.config) * share
+
+    def optimizer_step(self, step: int) -> float:
+        """Clip the gradients, take step `step`, mask AdaLoRA's ranks, and move the averaged weights.
+
+        Returns the gradients' norm before clipping. Where it is not finite, as float16 may overflow, nothing changed.
+        """
+        gradients = adalora.gradients(self.model, self.optimizer.scale.value)
+        norm = self.optimizer.step(self.learning_rate(step), self.config.max_grad_norm)
+        if math.isfinite(norm):
+            adalora.after_step(self.model, step + 1, self.steps, gradients, self.optimizer)
+            self.optimizer.average(step + 1)
+        return norm
+
+    def check_finite(self, loss: float, norm: float, batch: list[Window], step: int) -> None:
+        """Raise UserError where loss or norm of a step is not finite, but for what a smaller loss scale will cure."""
+        if math.isfinite(loss) and (math.isfinite(norm) or self.optimizer.scale.may_overflow):
+            return
+        epoch, step_of_epoch = divmod(step, self.steps_an_epoch)
+        lines = sorted({self.corpus.sentences[window.sentence].line for window in batch})
+        raise UserError(
+            f"{self.config.train}: epoch {epoch + 1}, step {step_of_epoch + 1}: the loss is {loss:g} and the "
+            f"gradient's norm {norm:g} at learning rate {self.learning_rate(step):g}, in a batch of the sentences at "
+            f"lines {', '.join(map(str, lines))}; the last checkpoint is whole; try a lower learning_rate, or "
+            "precision fp32"
+        )
+
+    def why_nothing_is_predicted(self, steps: int) -> str:
+        """Say of the weights after so many steps, which predict no entity on dev, what the likely cause is."""
+        cause = rate_warning(self.config)
+        cause = cause or f"{steps} steps at learning rate {self.config.learning_rate:g} were too few or too small"
+        return f"no entity at all was predicted on dev, every unit is tagged O; the likely cause: {cause}"
 
     @contextlib.contextmanager
     def scored_weights(self) -> Iterator[None]:

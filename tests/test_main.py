@@ -19,6 +19,7 @@ import main
 import predict
 from ner import config as settings
 from ner import scores as scoring
+from ner.errors import UserError
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - __main__ - "
 NUMBER = r"\d+\.\d{6}"
@@ -273,7 +274,7 @@ def test_missing_default_files_are_brought(tmp_path, monkeypatch):
     def ensure(say):
         brought.append(1)
         say("a notice")
-        raise main.UserError("no network here")
+        raise UserError("no network here")
 
     monkeypatch.setattr(msra, "ensure", ensure)
     monkeypatch.setattr(settings, "resolve_path", lambda path, from_project=False: None)
