@@ -46,7 +46,7 @@ def main() -> None:
 
     run = options.run or str(scores.newest_run())
     sentences = formats.read(options.data).sentences[:SCORED_SENTENCES]
-    texts = ["".join(sentence.chars) for sentence in sentences[: options.sentences]]
+    texts = ["".join(sentence.units) for sentence in sentences[: options.sentences]]
     onnx, torch, exact = (
         predictor.load(run, engine=engine, precision=precision)
         for engine, precision in (("onnx", "auto"), ("torch", "auto"), ("torch", "fp32"))
@@ -158,7 +158,7 @@ class other_checkout:
 
 def same_tags(tagger, other, sentences: list) -> float:
     """Return the share of characters that two taggers tag alike."""
-    texts = [sentence.chars for sentence in sentences]
+    texts = [sentence.units for sentence in sentences]
     ours, theirs = ([tag for tags, _, _ in one.tag(texts) for tag in tags] for one in (tagger, other))
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 

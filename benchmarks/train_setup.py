@@ -1,0 +1,69 @@
+"""What is the same on all sides of benchmarks/train.py, and the command line by which it starts each of them."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ner.tunings import TUNINGS  # noqa: E402
+
+LORA = {"r": 16, "alpha": 32}
+RATES = {tuning: TUNINGS[tuning].learning_rate for tuning in ("lora", "full")}
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One training: `data` is a folder with train, dev and test, `pretrained` the encoder."""
+
+    tuning: str
+    data: Path
+    pretrained: str
+    epochs: int
+    seed: int
+
+    def of_main(self) -> list[str]:
+        """Return main.py's arguments for this training."""
+        keys = {
+            "tuning": self.tuning,
+            "pretrained": self.pretrained,
+            "epochs": self.epochs,
+            "head": "softmax",
+            "max_train_sentences": "null",
+            "batch_size": BATCH,
+            "learning_rate": RATES[self.tuning],
+            "seed": self.seed,
+            "lora.r": LORA["r"],
+            "lora.alpha": LORA["alpha"],
+            "lora.dropout": 0,
+            "train": self.data / "train",
+            "dev": self.data / "dev",
+            "test": self.data / "test",
+            "export": "none",
+        }
+        return [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+
+    def of_side(self, file: Path) -> list[str]:
+        """Return the arguments of a side's own script, which writes its figures to `file` as JSON."""
+        keys = {"data": self.data, "pretrained": self.pretrained, "epochs": self.epochs, "seed": self.seed}
+        return [self.tuning, *(part for key, value in keys.items() for part in (f"--{key}", str(value))), str(file)]
+
+
+def parser_of_side(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of what Setup.of_side() gives."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tuning", choices=list(RATES))
+    parser.add_argument("--data", type=Path, required=True, help="folder with train, dev and test")
+    parser.add_argument("--pretrained", default="data/encoder")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("file", type=Path, help="where the figures go, as JSON")
+    return parser
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """Return the setup that the parsed options of a side name."""
+    return Setup(options.tuning, options.data, options.pretrained, options.epochs, options.seed)
