@@ -58,7 +58,7 @@ def ensure(folder: Path | str = FOLDER, wheel: Path | str | None = None, say: Sa
 def write(path: Path, sentences: Iterable[Sentence]) -> None:
     """Write a BIO file whole or not at all. Raises UserError where it cannot be written."""
     blocks = (
-        "".join(f"{char} {tag}\n" for char, tag in zip(sentence.chars, sentence.tags, strict=True)) + "\n"
+        "".join(f"{char} {tag}\n" for char, tag in zip(sentence.units, sentence.tags, strict=True)) + "\n"
         for sentence in sentences
     )
     try:

@@ -6,9 +6,10 @@ from typing import Any
 
 from ner import config as settings
 from ner import files
-from ner.encoder import read_json
+from ner.json_file import read_object
 from ner.meta import read_meta
 from ner.paths import portable_path
+from ner.progress import best_epoch
 from ner.tunings import TUNINGS
 
 CARD = """---
@@ -121,11 +122,12 @@ def _score_table(title: str, scores: dict[str, Any] | None) -> str:
 
 
 def _test_scores(run: Path) -> dict[str, Any] | None:
-    return read_json(run / "test.json") if (run / "test.json").is_file() else None
+    return read_object(run / "test.json") if (run / "test.json").is_file() else None
 
 
 def _best_dev(run: Path) -> dict[str, Any] | None:
     if not (run / "metrics.jsonl").is_file():
         return None
-    epochs = [json.loads(line)["dev"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return max(epochs, key=lambda scores: scores["micro"]["f1"], default=None)
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    best = best_epoch(history)
+    return next((line["dev"] for line in history if line["epoch"] == best), None)

@@ -62,7 +62,7 @@ def differing(runs: list[Sentences]) -> dict[str, Any]:
     runs: the sentences of each by a key that is the same for the same sentence. Only those that all runs have count.
     """
     common = [key for key in runs[0] if all(key in run for run in runs[1:])]
-    units = [unit for key in common for unit in runs[0][key].chars]
+    units = [unit for key in common for unit in runs[0][key].units]
     joint = " " if sum(len(unit) > 1 for unit in units) > mistakes.MANY_WORDS * len(units) else ""
     different, types, faultless = [], set(), [0] * len(runs)
     for key in common:
@@ -90,10 +90,10 @@ def _shown(sentences: list[Prediction], found: list, wrong: list[int], joint: st
     first = sentences[0]
     return {
         "number": first.line,
-        "lang": language("".join(first.chars[:LONGEST_GAP])),
-        "gold": segments(first.chars, mistakes.marked([("correct", *pair[1:]) for pair in found[0]], 1), joint),
+        "lang": language("".join(first.units[:LONGEST_GAP])),
+        "gold": segments(first.units, mistakes.marked([("correct", *pair[1:]) for pair in found[0]], 1), joint),
         "runs": [
-            (errors, segments(each.chars, mistakes.marked(pairs, 2), joint))
+            (errors, segments(each.units, mistakes.marked(pairs, 2), joint))
             for each, pairs, errors in zip(sentences, found, wrong, strict=True)
         ],
     }
@@ -103,13 +103,13 @@ def _numbered(sentences: Iterable[Prediction]) -> Iterable[tuple[Prediction, int
     """Each sentence with how many of the same text came before it."""
     seen: Counter[tuple[str, ...]] = Counter()
     for sentence in sentences:
-        text = tuple(sentence.chars)
+        text = tuple(sentence.units)
         yield sentence, seen[text]
         seen[text] += 1
 
 
 def _key(sentence: Prediction, repeat: int) -> tuple:
-    return tuple(sentence.chars), repeat
+    return tuple(sentence.units), repeat
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

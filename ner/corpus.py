@@ -13,9 +13,9 @@ from ner.errors import UserError
 
 @dataclass(slots=True)
 class Sentence:
-    """One block of a file: n characters (or words), their n IOB2 tags, and the line of the first (from 1)."""
+    """One block of a file: n units (characters or words), their n IOB2 tags, and the line of the first (from 1)."""
 
-    chars: list[str]
+    units: list[str]
     tags: list[str]
     line: int
     file: str = ""  # where it stands, if a corpus has several files
@@ -37,9 +37,9 @@ class Corpus:
     file_types: frozenset[str] | None = None  # of a part of a file: the types of the whole file
 
     @property
-    def characters(self) -> int:
+    def unit_count(self) -> int:
         """The number of units in all sentences."""
-        return sum(len(sentence.chars) for sentence in self.sentences)
+        return sum(len(sentence.units) for sentence in self.sentences)
 
     def entities(self) -> Counter[str]:
         """Return how many entities there are of each type."""
@@ -49,7 +49,7 @@ class Corpus:
         """Return one log line: what was recognised, and the counts."""
         types = ", ".join(f"{type_} {count:,}" for type_, count in sorted(self.entities().items())) or "none"
         return (
-            f"{self.path}: {len(self.sentences):,} sentences, {self.characters:,} {self.unit}s, "
+            f"{self.path}: {len(self.sentences):,} sentences, {self.unit_count:,} {self.unit}s, "
             f"scheme {self.scheme}, entities: {types}, {self.repairs:,} repairs"
         )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ner.errors import UserError
+from ner.errors import UserError, first_line
 from ner.paths import resolve_path
 
 if TYPE_CHECKING:
@@ -217,19 +217,6 @@ def set_dropout(settings: "PretrainedConfig", dropout: float | None) -> None:
             setattr(settings, key, dropout)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises UserError where it cannot be read or is something else."""
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{file.absolute()}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({first_line(error)}); the file is damaged") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object; the file is damaged")
-    return value
-
-
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """Return {name: tensor} of a safetensors file. Raises UserError where it cannot be read."""
     with _opened(file) as tensors:
@@ -268,9 +255,3 @@ def quiet() -> Iterator[None]:
         reports.set_verbosity(level)
         if bar:
             reports.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, at most 200 characters; its type where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "…"

@@ -17,6 +17,12 @@ class UserError(Exception):
     """Something the user gave cannot be used. The text is one line: where, what was expected, what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, at most 200 characters; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "…"
+
+
 def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command's main(): its streams take any text, and what ends it is one line on stderr and an exit code.
 

@@ -86,7 +86,7 @@ def write_onnx(run: str | Path, kind: str = "int8", dev: list[Sentence] | None =
     folder = model_folder(run)
     model, tokenizer, meta = _load(run)
     calibration, compared = _split(_dev_sentences(folder.parent) if dev is None else dev)
-    texts = [sentence.chars for sentence in calibration] or _tagged_texts(folder.parent)
+    texts = [sentence.units for sentence in calibration] or _tagged_texts(folder.parent)
     samples = _samples(texts, tokenizer, meta)
     with tempfile.TemporaryDirectory() as temporary:
         written = onnx_writer.write_fp32(model, meta["labels"], samples, Path(temporary))
@@ -159,13 +159,13 @@ def _split(dev: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     drawn = Random(0).sample(dev, min(len(dev), SAMPLES + COMPARED_SENTENCES))
     count = min(SAMPLES, int(len(drawn) * SAMPLE_SHARE))
     calibration = drawn[:count]
-    texts = {tuple(sentence.chars) for sentence in calibration}
-    return calibration, [sentence for sentence in drawn[count:] if tuple(sentence.chars) not in texts]
+    texts = {tuple(sentence.units) for sentence in calibration}
+    return calibration, [sentence for sentence in drawn[count:] if tuple(sentence.units) not in texts]
 
 
 def _compare_on_dev(written: OnnxFile, tagger: Tagger, torch_tagger: Tagger, dev: list[Sentence]) -> None:
     """Tag dev with the file and with PyTorch; note in `written` how they compare and whether it is the default."""
-    texts, gold = [sentence.chars for sentence in dev], [sentence.tags for sentence in dev]
+    texts, gold = [sentence.units for sentence in dev], [sentence.tags for sentence in dev]
     tags = [row for row, _, _ in tagger.tag(texts)]
     torch_tags = [row for row, _, _ in torch_tagger.tag(texts)]
     f1, torch_f1 = score(gold, tags)["micro"]["f1"], score(gold, torch_tags)["micro"]["f1"]

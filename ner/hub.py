@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ner import encoder
 from ner.card import card_text, write_card
-from ner.errors import UserError
+from ner.errors import UserError, first_line
 from ner.export import merge
+from ner.json_file import read_object
 from ner.meta import read_meta
 from ner.tunings import TUNINGS
 
@@ -43,7 +44,7 @@ def _lay_out(run: Path, folder: Path) -> None:
     for file_name, key in PATH_KEYS:  # not where the encoder lies on this machine
         file = folder / file_name
         if file.exists():
-            values = encoder.read_json(file) | {key: "encoder" if is_local else meta["pretrained"]}
+            values = read_object(file) | {key: "encoder" if is_local else meta["pretrained"]}
             file.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
@@ -58,7 +59,7 @@ def _upload(run: Path, folder: Path, name: str) -> str:
             url = api.create_repo(name, exist_ok=True)
             api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="A tagger and its card")
     except Exception as error:  # no network, no rights, a wrong name, a full quota
-        reason = encoder.first_line(error)
+        reason = first_line(error)
         if isinstance(error, errors.LocalTokenNotFoundError) or "401" in reason or "403" in reason:
             reason += "; run `hf auth login` or set HF_TOKEN to a token that may write there"
         raise UserError(

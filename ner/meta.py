@@ -14,6 +14,7 @@ import safetensors.numpy
 from ner import files
 from ner.errors import UserError
 from ner.formats.schemes import is_tag
+from ner.json_file import read_object
 from ner.tunings import TUNINGS
 
 KEYS = {
@@ -54,7 +55,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     file = folder / "ner.json"
     if not file.is_file():
         raise UserError(f"{folder}: there is no ner.json, so it is no saved model; expected the model folder of a run")
-    meta = DEFAULTS | _read_object(file)
+    meta = DEFAULTS | read_object(file)
     _check_format(file, meta)
     _check_labels(file, meta["labels"])
     if meta["tuning"] not in TUNINGS:
@@ -74,19 +75,6 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     (folder / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
     if transitions is not None:
         safetensors.numpy.save_file({"transitions": np.ascontiguousarray(transitions, np.float32)}, folder / CRF_FILE)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises UserError where it cannot be read or is something else."""
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); the file is damaged") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object; the file is damaged")
-    return value
 
 
 def _check_format(file: Path, meta: dict[str, Any]) -> None:

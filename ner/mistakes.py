@@ -71,8 +71,8 @@ class Mistakes:
         """Count the entities of a sentence."""
         found = pairs(spans(sentence.gold), spans(sentence.predicted))
         self.sentences += 1
-        self.units += len(sentence.chars)
-        self.words += sum(len(unit) > 1 for unit in sentence.chars)
+        self.units += len(sentence.units)
+        self.words += sum(len(unit) > 1 for unit in sentence.units)
         for kind, true, guess in found:
             self.cells[true[0] if true else None, guess[0] if guess else None, kind] += 1
         if errors(found):
@@ -82,7 +82,7 @@ class Mistakes:
 
     def ranked(self) -> list[tuple[Prediction, list[Pair]]]:
         """Return the worst sentences: most errors first, then the shorter, then the earlier."""
-        return sorted(self.worst, key=lambda item: (-errors(item[1]), len(item[0].chars), item[0].line))[:WORST]
+        return sorted(self.worst, key=lambda item: (-errors(item[1]), len(item[0].units), item[0].line))[:WORST]
 
     @property
     def types(self) -> list[str]:
@@ -149,7 +149,7 @@ def _shown(sentence: Prediction, found: list[Pair], joint: str) -> dict[str, Any
     return {
         "number": sentence.line,
         "wrong": errors(found),
-        "lang": language("".join(sentence.chars[:LONGEST_GAP])),
-        "gold": segments(sentence.chars, marked(found, 1), joint),
-        "predicted": segments(sentence.chars, marked(found, 2), joint),
+        "lang": language("".join(sentence.units[:LONGEST_GAP])),
+        "gold": segments(sentence.units, marked(found, 1), joint),
+        "predicted": segments(sentence.units, marked(found, 2), joint),
     }

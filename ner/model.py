@@ -11,7 +11,7 @@ import torch
 
 from ner import encoder
 from ner.config import Config
-from ner.errors import UserError
+from ner.errors import UserError, first_line
 from ner.meta import FORMAT_VERSION
 from ner.tunings import TUNINGS
 
@@ -107,7 +107,7 @@ def _tuned(model: "PreTrainedModel", config: Config) -> "PreTrainedModel | PeftM
             adapted = peft.get_peft_model(model, tuning.peft_config(config, heads), autocast_adapter_dtype=False)
     except (ValueError, KeyError) as error:
         kind = model.config.model_type
-        raise UserError(f"tuning {config.tuning} does not fit {kind} encoders: {encoder.first_line(error)}") from None
+        raise UserError(f"tuning {config.tuning} does not fit {kind} encoders: {first_line(error)}") from None
     return drop_virtual_logits(adapted)
 
 

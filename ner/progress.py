@@ -91,7 +91,7 @@ def digest(sentences: list[Sentence], labels: list[str], steps: int) -> str:
     """Return what a run trains on in 64 hexadecimal digits: sentences, labels, steps an epoch."""
     summary = hashlib.sha256(f"{labels} {steps}".encode("utf-8", "surrogatepass"))
     for sentence in sentences:
-        summary.update(f"{sentence.chars} {sentence.tags}".encode("utf-8", "surrogatepass"))
+        summary.update(f"{sentence.units} {sentence.tags}".encode("utf-8", "surrogatepass"))
     return summary.hexdigest()
 
 

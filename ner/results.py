@@ -15,7 +15,7 @@ TEST, PREDICTIONS, FINISHED = "test.json", "predictions.jsonl", "finished.json"
 def write_test(run: Path, test: list[Sentence], predicted: list[list[str]], scores: dict[str, Any]) -> None:
     """Write the scores of the test sentences, and the tags that were predicted for them. Raises OSError."""
     rows = [
-        {"chars": sentence.chars, "gold": sentence.tags, "predicted": tags}
+        {"chars": sentence.units, "gold": sentence.tags, "predicted": tags}
         for sentence, tags in zip(test, predicted, strict=True)
     ]
     _write_lines(run / PREDICTIONS, rows)

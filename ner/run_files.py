@@ -29,7 +29,7 @@ class Prediction:
     """A line of predictions.jsonl: the units of a test sentence, its gold and its predicted IOB2 tags."""
 
     line: int
-    chars: list[str]
+    units: list[str]
     gold: list[str]
     predicted: list[str]
 
@@ -127,11 +127,11 @@ def is_finished(run: Path) -> bool:
 def predictions(run: Path) -> Iterator[Prediction]:
     """Yield the sentences of predictions.jsonl; lines that are damaged are skipped."""
     for line, value in json_lines(run / "predictions.jsonl"):
-        chars, gold, predicted = (_texts(value.get(key)) for key in ("chars", "gold", "predicted"))
-        if chars is None or gold is None or predicted is None:
+        units, gold, predicted = (_texts(value.get(key)) for key in ("chars", "gold", "predicted"))
+        if units is None or gold is None or predicted is None:
             continue
-        if len(chars) == len(gold) == len(predicted):
-            yield Prediction(line, chars, gold, predicted)
+        if len(units) == len(gold) == len(predicted):
+            yield Prediction(line, units, gold, predicted)
 
 
 def warnings(run: Path) -> list[str]:

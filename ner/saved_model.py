@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ner import encoder, files
-from ner.errors import UserError
+from ner.errors import UserError, first_line
+from ner.json_file import read_object
 from ner.meta import model_folder, read_meta, write_meta
 from ner.model import drop_virtual_logits
 from ner.paths import ROOT
@@ -111,7 +112,7 @@ def merge_lora(model: "PreTrainedModel", tensors: Tensors, adapter: dict[str, An
     except KeyError as error:
         raise UserError(f"{folder}: the adapter and its encoder do not fit: {error.args[0]} is missing") from None
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(f"{folder}: the adapter and its encoder do not fit: {encoder.first_line(error)}") from None
+        raise UserError(f"{folder}: the adapter and its encoder do not fit: {first_line(error)}") from None
     return model
 
 
@@ -168,7 +169,7 @@ def _load_adapter(folder: Path, meta: dict[str, Any], merged: bool, attention: s
     settings = encoder.read_settings(source, title, meta["labels"])
     model = encoder.read_model(source, title, settings, attention, new_head=True)
     _check_encoder(folder, source, meta)
-    adapter, tuning = encoder.read_json(folder / ADAPTER_SETTINGS), TUNINGS[meta["tuning"]]
+    adapter, tuning = read_object(folder / ADAPTER_SETTINGS), TUNINGS[meta["tuning"]]
     on_embeddings = any("lora_embedding_" in name for name in tensors)
     is_plain = not on_embeddings and not any(adapter.get(key) for key in NOT_PLAIN)
     if merged and tuning.merges_plainly and is_plain:
@@ -188,7 +189,7 @@ def _load_by_peft(model: "PreTrainedModel", folder: Path, saved_names: set[str],
             adapted = peft.PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
             expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         except Exception as error:  # whatever a wrong file makes peft raise
-            raise UserError(f"{folder}: the adapter cannot be read: {encoder.first_line(error)}") from None
+            raise UserError(f"{folder}: the adapter cannot be read: {first_line(error)}") from None
         if expected != saved_names:
             odd = min(expected ^ saved_names)
             raise UserError(f"{folder}: {ADAPTER} does not fit {ADAPTER_SETTINGS}, see {odd}")
@@ -231,7 +232,7 @@ def _check_labels(folder: Path, meta: dict[str, Any]) -> None:
     file = folder / "encoder" / "config.json"
     if not file.is_file():  # an adapter that was uploaded alone
         return
-    names = encoder.read_json(file).get("id2label")
+    names = read_object(file).get("id2label")
     if names != {str(index): label for index, label in enumerate(meta["labels"])}:
         raise UserError(f"{folder}: the labels of {file} and ner.json differ; one of them is of another model")
 

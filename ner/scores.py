@@ -83,7 +83,7 @@ def score_sentences(
     results: list[tuple[int, list[str], float, int]] = []  # sentence, tags, summed loss, units in that sum
     for start in range(0, len(share), AT_ONCE):
         chunk = share[start : start + AT_ONCE]
-        log_probs = tagger.log_probs([sentences[index].chars for index in chunk])
+        log_probs = tagger.log_probs([sentences[index].units for index in chunk])
         losses = _losses(log_probs, [sentences[index].tags for index in chunk], tagger)
         for index, (tags, _), loss in zip(chunk, tagger.decoded(log_probs), losses, strict=True):
             results.append((index, tags, *loss))

@@ -13,7 +13,7 @@ from ner.windows import Windower
 
 RARE = 10  # a type with fewer entities is neither learned nor measured well
 EXAMPLES = 3  # of a warning
-CLIP = 12  # characters of a sentence shown in a warning
+CLIP = 12  # units of a sentence shown in a warning
 
 
 def warnings_of(train: Corpus, *others: Corpus) -> list[str]:
@@ -52,7 +52,7 @@ def _shared_warnings(train: Corpus, other: Corpus, shared: list[tuple[Sentence, 
     if not shared:
         return []
     examples = [
-        f"line {sentence.line} = line {twin.line} ({_clip(sentence.chars)})" for sentence, twin in shared[:EXAMPLES]
+        f"line {sentence.line} = line {twin.line} ({_clip(sentence.units)})" for sentence, twin in shared[:EXAMPLES]
     ]
     return [
         f"{len(shared):,} of {len(other.sentences):,} sentences of {other.path} are in {train.path} too: "
@@ -133,13 +133,13 @@ def _describe(
     separator = " " if corpus.unit == "word" else ""
     for sentence in corpus.sentences:
         for type_, start, end in spans(sentence.tags):
-            form = separator.join(sentence.chars[start:end])
+            form = separator.join(sentence.units[start:end])
             types[type_][form] += 1
             types_of_form[form][type_] += 1
     report = {
         "path": corpus.path,
         "sentences": len(corpus.sentences),
-        "characters": corpus.characters,
+        "characters": corpus.unit_count,
         "unit": corpus.unit,
         "scheme": corpus.scheme,
         "repairs": corpus.repairs,
@@ -160,9 +160,9 @@ def _describe(
 def _lengths(corpus: Corpus, windower: Windower | None, max_length: int) -> dict[str, Any]:
     """The lengths of the sentences, in tokens where there is a tokenizer, and how many of them need several windows."""
     if windower:
-        lengths = sorted(len(windower.encode(sentence.chars)[0]) for sentence in corpus.sentences)
+        lengths = sorted(len(windower.encode(sentence.units)[0]) for sentence in corpus.sentences)
     else:
-        lengths = sorted(len(sentence.chars) for sentence in corpus.sentences)
+        lengths = sorted(len(sentence.units) for sentence in corpus.sentences)
     room = windower.room if windower else max_length - 2
     too_long = sum(length > room for length in lengths)
     return {
@@ -180,7 +180,7 @@ def _lengths(corpus: Corpus, windower: Windower | None, max_length: int) -> dict
 
 def _tokenizer_fit(corpus: Corpus, windower: Windower) -> dict[str, Any]:
     """How many tokens the units have, and which of them the tokenizer does not know or leaves nothing of."""
-    units = Counter(unit for sentence in corpus.sentences for unit in sentence.chars)
+    units = Counter(unit for sentence in corpus.sentences for unit in sentence.units)
     tokens = sum(len(windower.encode([unit])[0]) * count for unit, count in units.items())
     vanished = Counter({unit: count for unit, count in units.items() if unit in windower.dropped})
     unknown = Counter(
@@ -202,11 +202,11 @@ def _listed(examples: list[str], count: int) -> str:
 
 
 def _text(sentence: Sentence) -> str:
-    return "\x1f".join(sentence.chars)
+    return "\x1f".join(sentence.units)
 
 
-def _clip(chars: list[str]) -> str:
-    return printable("".join(chars[:CLIP])) + ("…" if len(chars) > CLIP else "")
+def _clip(units: list[str]) -> str:
+    return printable("".join(units[:CLIP])) + ("…" if len(units) > CLIP else "")
 
 
 def printable(text: str) -> str:

@@ -188,7 +188,7 @@ def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path 
         meta=meta,
         optimizer=build_optimizer(config, model, crf),
         tagger=tagger,
-        windows=tagger.windower.windows([sentence.chars for sentence in corpus.sentences]),
+        windows=tagger.windower.windows([sentence.units for sentence in corpus.sentences]),
         gold=[[label2id[tag] for tag in sentence.tags] for sentence in corpus.sentences],
         windows_a_step=config.batch_size * config.accumulation * accelerator.num_processes,
         loss=crf or loss_function(config.loss, config.label_smoothing),

@@ -52,7 +52,8 @@ def test_the_sentence_on_which_they_differ_is_shown_with_both_answers(two):
 
 
 def found(text: str, gold: list, predicted: list, line: int = 1) -> Prediction:
-    return Prediction(line, **sentence(text, gold, predicted))
+    row = sentence(text, gold, predicted)
+    return Prediction(line, row["chars"], row["gold"], row["predicted"])
 
 
 def test_the_largest_difference_comes_first():

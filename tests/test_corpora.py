@@ -46,7 +46,7 @@ def test_word_segmented_chinese_goes_with_characters(tmp_path, train, caplog):
     caplog.set_level(logging.INFO, "__main__")
     segmented = write(tmp_path, "segmented", "北京 B-LOC\n欢迎 O\n张伟 B-PER\n")
     _, dev, _ = read(train, segmented)
-    assert dev[0].chars == list("北京欢迎张伟") and dev[0].tags[:2] == ["B-LOC", "I-LOC"]
+    assert dev[0].units == list("北京欢迎张伟") and dev[0].tags[:2] == ["B-LOC", "I-LOC"]
     assert sum("word-segmented" in line for line in caplog.messages) == 1
 
 

@@ -76,7 +76,7 @@ def test_real_sentences_are_learned_and_found(tmp_path):
     """150 real sentences, three epochs on the default encoder: far from its best, and far from nothing."""
     corpus = formats.read(str(NER_DATA / "train")).sentences
     for name, part in {"train": corpus[:150], "dev": corpus[150:190]}.items():
-        lines = ["".join(f"{c} {t}\n" for c, t in zip(s.chars, s.tags, strict=True)) for s in part]
+        lines = ["".join(f"{c} {t}\n" for c, t in zip(s.units, s.tags, strict=True)) for s in part]
         (tmp_path / name).write_text("\n".join(lines), "utf-8")
     command = [
         sys.executable,

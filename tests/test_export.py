@@ -64,7 +64,7 @@ def test_the_pipeline_on_a_merged_folder_finds_what_predict_finds(tmp_path, spec
     tiny.encoder(tmp_path / "encoder", AutoTokenizer.from_pretrained(source))  # the real tokenizer, a fast network
     made = run_of(tmp_path / "run", tmp_path / "encoder", "--special_tokens", special)
     export.merge(made, tmp_path / "merged")
-    sentences = [sentence.chars for sentence in formats.read(str(NER_DATA)).sentences if len(sentence.chars) <= 60]
+    sentences = [sentence.units for sentence in formats.read(str(NER_DATA)).sentences if len(sentence.units) <= 60]
     texts = ["".join(chars) for chars in sentences][:500]
     assert len(texts) == 500
     wanted = tagged(made / "model", texts)
@@ -178,7 +178,7 @@ def test_no_sentence_is_both_calibrated_on_and_scored(learned, monkeypatch, coun
         quantize(source, target, samples)
 
     def watched_compare(written, tagger, torch_tagger, dev):
-        ids = [tokenizer(sentence.chars, is_split_into_words=True).input_ids for sentence in dev]
+        ids = [tokenizer(sentence.units, is_split_into_words=True).input_ids for sentence in dev]
         scored.extend(tokenizer.decode(row, skip_special_tokens=True).replace(" ", "") for row in ids)
         compare(written, tagger, torch_tagger, dev)
 

@@ -36,8 +36,8 @@ def test_word_segmented_chinese_becomes_characters(tmp_path):
     path = write(tmp_path, SEGMENTED.replace("S-LOC", "B-LOC"))
     corpus = formats.read(path)
     first, second = corpus.sentences
-    assert first.chars == list("北京大学的江泽民访问IBM。") and second.chars == ["天", "津"]
-    assert [first.chars[start:end] for _, start, end in decoding.spans(first.tags)] == [
+    assert first.units == list("北京大学的江泽民访问IBM。") and second.units == ["天", "津"]
+    assert [first.units[start:end] for _, start, end in decoding.spans(first.tags)] == [
         list("北京大学"),
         list("江泽民"),
         list("IBM"),
@@ -62,4 +62,4 @@ def test_words_of_other_scripts_stay_words(tmp_path):
 
 def test_characters_with_a_few_words_among_them_stay_as_they_are(tmp_path):
     corpus = formats.read(write(tmp_path, "北 O\n京 O\n" * 5 + "1998 O\nNBA B-ORG\n"))
-    assert corpus.unit == "character" and "NBA" in corpus.sentences[0].chars
+    assert corpus.unit == "character" and "NBA" in corpus.sentences[0].units

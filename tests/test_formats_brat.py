@@ -22,19 +22,19 @@ def pair(folder, text=TEXT, ann=ANN, name="a"):
 @pytest.mark.parametrize("name", ["a.ann", "a.txt", ""])
 def test_either_file_or_the_folder(tmp_path, name):
     corpus = formats.read(str(pair(tmp_path) / name))
-    assert [("".join(s.chars), s.line) for s in corpus.sentences] == [
+    assert [("".join(s.units), s.line) for s in corpus.sentences] == [
         ("江泽民在北京。", 1),
         ("  他会见了比尔·\n盖茨。", 3),
         ("没有", 5),
     ]
-    found = [["".join(s.chars[a:b]) for _, a, b in decoding.spans(s.tags)] for s in corpus.sentences]
+    found = [["".join(s.units[a:b]) for _, a, b in decoding.spans(s.tags)] for s in corpus.sentences]
     assert found == [["江泽民", "北京"], ["比尔·\n盖茨"], []]
     assert (corpus.scheme, corpus.unit, corpus.skipped) == ("offsets", "character", 2)
 
 
 def test_lines_may_end_as_on_windows(tmp_path):
     corpus = formats.read(str(pair(tmp_path, "北京\r\n天津\r\n", "T1\tLOC 4 6\t天津\n") / "a.ann"))
-    assert [(s.chars, s.tags) for s in corpus.sentences] == [
+    assert [(s.units, s.tags) for s in corpus.sentences] == [
         (["北", "京"], ["O", "O"]),
         (["天", "津"], ["B-LOC", "I-LOC"]),
     ]

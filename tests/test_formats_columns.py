@@ -26,12 +26,12 @@ PLAIN = "北 B-LOC\n京 I-LOC\n人 O\n\n江 B-PER\n泽 I-PER\n民 I-PER\n"
 ], ids=str)  # fmt: skip
 def test_every_way_of_writing_the_same_file(tmp_path, content):
     corpus = formats.read(write(tmp_path, content))
-    assert [(s.chars, s.tags) for s in corpus.sentences] == [
+    assert [(s.units, s.tags) for s in corpus.sentences] == [
         (["北", "京", "人"], ["B-LOC", "I-LOC", "O"]),
         (["江", "泽", "民"], ["B-PER", "I-PER", "I-PER"]),
     ]
     assert (corpus.scheme, corpus.unit, corpus.repairs, corpus.warnings()) == ("BIO", "character", 0, [])
-    assert corpus.entities() == {"LOC": 1, "PER": 1} and corpus.characters == 6
+    assert corpus.entities() == {"LOC": 1, "PER": 1} and corpus.unit_count == 6
 
 
 def test_lines_are_remembered(tmp_path):
@@ -41,7 +41,7 @@ def test_lines_are_remembered(tmp_path):
 
 def test_white_space_can_be_a_character(tmp_path):
     corpus = formats.read(write(tmp_path, "a O\n  O\n\t\tO\n\u3000 O\n\u00a0\tO\n \tB-X\n\u2028 O\n\u200b O\n\nb O\n"))
-    assert [sentence.chars for sentence in corpus.sentences] == [
+    assert [sentence.units for sentence in corpus.sentences] == [
         ["a", " ", "\t", "\u3000", "\u00a0", " ", "\u2028", "\u200b"],
         ["b"],
     ]
@@ -83,7 +83,7 @@ def test_two_million_characters_are_read_line_by_distinct_line(tmp_path, monkeyp
     parsed = []
     monkeypatch.setattr(columns, "_parse", lambda *args, parse=columns._parse: parsed.append(args) or parse(*args))
     path = write(tmp_path, ("北 B-LOC\n京 I-LOC\n" + "的 O\n" * 40 + "\n") * 5000)
-    assert formats.read(path).characters == 210_000 and len(parsed) == 5
+    assert formats.read(path).unit_count == 210_000 and len(parsed) == 5
 
 
 CONLL = (
@@ -99,7 +99,7 @@ def test_conll_columns(tmp_path, content):
     path = tmp_path / "train.conll"
     path.write_text(content, encoding="utf-8")
     corpus = formats.read(str(path))
-    assert [(s.chars, s.tags) for s in corpus.sentences] == [
+    assert [(s.units, s.tags) for s in corpus.sentences] == [
         (["EU", "rejects", "German"], ["B-ORG", "O", "B-MISC"]),
         (["Peter", "Blackburn"], ["B-PER", "I-PER"]),
     ]
@@ -115,7 +115,7 @@ def test_conll_line_with_a_column_too_few(tmp_path):
 
 def test_a_brace_can_be_a_character(tmp_path):
     for first in ("{", "[", "[{"):
-        assert formats.read(write(tmp_path, f"{first} O\n}} O\n")).sentences[0].chars == [first, "}"]
+        assert formats.read(write(tmp_path, f"{first} O\n}} O\n")).sentences[0].units == [first, "}"]
 
 
 ROWS = [("江", "B-PER"), ("，", "O"), (",", "O"), ('"', "O"), (" ", "O"), ("北", "B-LOC")]
@@ -135,13 +135,13 @@ def table(delimiter, quoting, header):
 def test_csv_and_tsv_with_a_header(tmp_path, delimiter, quoting, header):
     corpus = formats.read(write(tmp_path, table(delimiter, quoting, header), "train.csv"))
     (sentence,) = corpus.sentences
-    assert list(zip(sentence.chars, sentence.tags, strict=True)) == ROWS and sentence.line == 2
+    assert list(zip(sentence.units, sentence.tags, strict=True)) == ROWS and sentence.line == 2
 
 
 def test_sentences_of_csv(tmp_path):
     rows = "Sentence #,Word,POS,Tag\nSentence: 1,江,NN,B-PER\n,泽,NN,I-PER\nSentence: 2,北,NN,B-LOC\n\n,京,NN,O\n"
     corpus = formats.read(write(tmp_path, rows))
-    assert [(s.chars, s.tags, s.line) for s in corpus.sentences] == [
+    assert [(s.units, s.tags, s.line) for s in corpus.sentences] == [
         (["江", "泽"], ["B-PER", "I-PER"], 2),
         (["北"], ["B-LOC"], 4),
         (["京"], ["O"], 6),
@@ -161,4 +161,4 @@ def test_errors_of_csv_name_file_and_line(tmp_path, row, what):
 
 def test_a_token_called_label_makes_no_header(tmp_path):
     corpus = formats.read(write(tmp_path, "text\tNN\tlabel\tO\nis\tV\tx\tO\n"))
-    assert corpus.sentences[0].chars == ["text", "is"]
+    assert corpus.sentences[0].units == ["text", "is"]

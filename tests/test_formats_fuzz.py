@@ -254,7 +254,7 @@ def check_counts_of_offsets(corpus, text):
             entities += sum(len(places) for names in label.values() for places in names.values())
         else:
             entities += len(label)
-    assert corpus.characters == characters
+    assert corpus.unit_count == characters
     assert corpus.entities().total() + corpus.skipped == entities
 
 
@@ -268,7 +268,7 @@ def check_counts_of_columns(corpus, lines):
         for parts in fields
         if parts[0] != "-DOCSTART-" and not (parts[0] == "#" and len(parts) > 2 and parts[-1][1:2] != "-")
     ]
-    assert corpus.characters == len(fields), "characters in = characters out"
+    assert corpus.unit_count == len(fields), "characters in = characters out"
     tagged = [parts[-1].strip("\r") for parts in fields if parts[-1].strip("\r") != "O"]
     assert sum(tag != "O" for sentence in corpus.sentences for tag in sentence.tags) == len(tagged)
     assert corpus.entities().total() >= sum(tag[0] in "BSU" for tag in tagged), "each beginning is an entity"
@@ -290,7 +290,7 @@ def check(path: str) -> bool:
     text = read_text(path)
     lines = text.split("\n")
     for sentence in corpus.sentences:
-        assert sentence.chars and len(sentence.chars) == len(sentence.tags) and lines[sentence.line - 1].strip()
+        assert sentence.units and len(sentence.units) == len(sentence.tags) and lines[sentence.line - 1].strip()
         for before, tag in itertools.pairwise(["O", *sentence.tags]):
             assert tag == "O" or tag[:2] == "B-" or tag[:2] == "I-" and before[1:] == tag[1:], "well-formed IOB2"
     if corpus.scheme == "offsets":

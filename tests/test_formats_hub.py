@@ -58,7 +58,7 @@ def offline(monkeypatch, tmp_path):
 def test_hub_data_sets(tmp_path, form):
     folder = hub_folder(tmp_path / "bio", form)
     corpus = formats.read(f"hub:{folder}")
-    assert [(s.chars, s.tags, s.line) for s in corpus.sentences] == [
+    assert [(s.units, s.tags, s.line) for s in corpus.sentences] == [
         (WORDS[0], ["O", "B-DNA", "I-DNA"], 1),
         (WORDS[1], ["B-protein", "O"], 2),
     ]

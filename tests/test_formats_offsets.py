@@ -53,7 +53,7 @@ def write(folder, *records, name="train.jsonl", ascii=False):
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_to_write_entities(tmp_path, way, name):
     corpus = formats.read(write(tmp_path, "", WAYS[way], "  ", {"text": "没有", "label": []}, name=name))
-    assert [(s.chars, s.tags, s.line) for s in corpus.sentences] == [
+    assert [(s.units, s.tags, s.line) for s in corpus.sentences] == [
         (list(TEXT), TAGS, 2),
         (["没", "有"], ["O", "O"], 4),
     ]
@@ -73,7 +73,7 @@ def test_text_is_kept_character_by_character(tmp_path):
     corpus = formats.read(
         write(tmp_path, {"text": text, "label": [[0, 1, "two words"]]}, {"text": "", "label": []}, ascii=True)
     )
-    assert corpus.sentences[0].chars == list(text) and corpus.sentences[0].tags[0] == "B-two_words"
+    assert corpus.sentences[0].units == list(text) and corpus.sentences[0].tags[0] == "B-two_words"
     assert len(corpus.sentences) == 1, "an empty text is no sentence"
 
 
@@ -119,7 +119,7 @@ def test_an_array_of_records(tmp_path, way, indent):
     text = json.dumps([WAYS[way], {"text": "没有", "label": []}], ensure_ascii=False, indent=indent)
     (tmp_path / "export").write_text(text, encoding="utf-8")
     first, second = formats.read(str(tmp_path / "export")).sentences
-    assert (first.chars, first.tags) == (list(TEXT), TAGS) and second.tags == ["O", "O"]
+    assert (first.units, first.tags) == (list(TEXT), TAGS) and second.tags == ["O", "O"]
     if indent:
         assert (first.line, second.line) == (2, text[: text.rindex("{")].count("\n") + 1)
 
@@ -142,7 +142,7 @@ def test_errors_of_an_array_name_file_and_line(tmp_path, content, line, what):
 
 def test_data_is_another_name_for_text(tmp_path):
     corpus = formats.read(write(tmp_path, {"data": TEXT, "label": SPANS}, {"data": {"text": "没有"}, "label": []}))
-    assert corpus.sentences[0].tags == TAGS and corpus.sentences[1].chars == ["没", "有"]
+    assert corpus.sentences[0].tags == TAGS and corpus.sentences[1].units == ["没", "有"]
 
 
 def result(text=TEXT, spans=SPANS):
@@ -181,7 +181,7 @@ def test_the_export_of_label_studio(tmp_path):
         {"id": 5, "data": {"text": "取消"}, "annotations": [{"result": [], "was_cancelled": True}]},
         {"id": 6, "data": {"text": TEXT}, "annotations": [{"result": []}, {"result": result(), "ground_truth": True}]},
     )
-    assert [("".join(s.chars), s.tags) for s in corpus.sentences] == [
+    assert [("".join(s.units), s.tags) for s in corpus.sentences] == [
         (TEXT, TAGS),
         (emoji, ["O", *TAGS]),
         ("没有", ["O", "O"]),

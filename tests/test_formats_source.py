@@ -31,7 +31,7 @@ def test_a_pipe_is_read_once(tmp_path):
         writer = threading.Thread(target=pipe.write_text, args=(content,))
         writer.start()
         if content:
-            assert formats.read(str(pipe)).sentences[0].chars == ["北", "京"]
+            assert formats.read(str(pipe)).sentences[0].units == ["北", "京"]
         else:
             with pytest.raises(UserError, match=r"the file is empty \(a pipe can be read only once\)"):
                 formats.read(str(pipe))

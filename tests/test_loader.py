@@ -38,7 +38,7 @@ def test_the_survey_tells_what_is_in_a_file(tmp_path, capsys):
     first, second = report["files"]
     corpus = formats.read(str(train))
     assert {kind: found["count"] for kind, found in first["types"].items()} == corpus.entities()
-    assert first["characters"] == corpus.characters and first["scheme"] == "BIO" and first["lengths"]["room"] == 28
+    assert first["characters"] == corpus.unit_count and first["scheme"] == "BIO" and first["lengths"]["room"] == 28
     assert second["lengths"]["need_windows"] == 1 and second["rare"] == ["PER"]
     assert (
         second["tokenizer"]["vanished_examples"] == {"\u3000": 1} and second["tokenizer"]["unknown_examples"]["龘"] == 1

@@ -108,7 +108,7 @@ def test_files_come_back_through_the_loader(run, tmp_path, capsys):
         corpus = formats.read(str(out))
         assert len(corpus.sentences) == len(lines)
         for sentence, entities in zip(corpus.sentences, found, strict=True):
-            read = [("".join(sentence.chars[s:e]), kind) for kind, s, e in decoding.spans(sentence.tags)]
+            read = [("".join(sentence.units[s:e]), kind) for kind, s, e in decoding.spans(sentence.tags)]
             assert read == [("".join(text.split()), kind) for text, kind, _, _ in entities]
 
 

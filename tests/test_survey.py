@@ -43,7 +43,7 @@ def test_real_files():
     if not NER_DATA.is_dir():
         pytest.skip("no real corpus beside the project")
     corpora = [formats.read(str(NER_DATA / part)) for part in ("train", "dev", "test")]
-    assert [(len(c.sentences), c.characters) for c in corpora] == [(1412, 70054), (209, 10001), (408, 20011)]
+    assert [(len(c.sentences), c.unit_count) for c in corpora] == [(1412, 70054), (209, 10001), (408, 20011)]
     assert corpora[2].entities().total() == 722 and corpora[0].scheme == "BIO"
     assert survey.compare(corpora[0], corpora[2]) == []
 

@@ -40,7 +40,7 @@ def test_what_annotation_tools_get_comes_back_through_the_loader(tmp_path, name,
     file.write_text(written(name, TAGGED, Result("没有", [], 1.0)), encoding="utf-8")
     corpus = formats.read(str(file))
     first = corpus.sentences[0]
-    found = [("".join(first.chars[start:end]), kind) for kind, start, end in decoding.spans(first.tags)]
+    found = [("".join(first.units[start:end]), kind) for kind, start, end in decoding.spans(first.tags)]
     assert found == [("王芳", "PER"), ("北京", "LOC")]
     assert set(corpus.sentences[1].tags) == {"O"}
 

@@ -32,7 +32,7 @@ def corpus_of_tags(path: str, sentences: Iterable[Sentence], unit_per_line: bool
         unit_per_line=unit_per_line,
     )
     words = list(_words(sentences))
-    if len(words) > WORD_SHARE * corpus.characters:
+    if len(words) > WORD_SHARE * corpus.unit_count:
         unspaced = sum(UNSPACED.search(word) is not None for word in words)
         if unspaced * 2 > len(words):
             _spread_over_characters(corpus, len(words))
@@ -44,20 +44,20 @@ def corpus_of_tags(path: str, sentences: Iterable[Sentence], unit_per_line: bool
 def _words(sentences: list[Sentence]) -> Iterable[str]:
     """The tokens of more than one character."""
     for sentence in sentences:
-        if sum(map(len, sentence.chars)) > len(sentence.chars):  # fast where there is none, as nearly always
-            yield from (token for token in sentence.chars if len(token) > 1)
+        if sum(map(len, sentence.units)) > len(sentence.units):  # fast where there is none, as nearly always
+            yield from (token for token in sentence.units if len(token) > 1)
 
 
 def _spread_over_characters(corpus: Corpus, words: int) -> None:
     """Make every character of a word-segmented corpus a unit: the word's first has its tag, the others go on."""
-    tokens = corpus.characters
+    tokens = corpus.unit_count
     for sentence in corpus.sentences:
         chars: list[str] = []
         tags: list[str] = []
-        for token, tag in zip(sentence.chars, sentence.tags, strict=True):
+        for token, tag in zip(sentence.units, sentence.tags, strict=True):
             chars += token
             tags += [tag] + ["O" if tag == "O" else "I-" + tag[2:]] * (len(token) - 1)
-        sentence.chars, sentence.tags = chars, tags
+        sentence.units, sentence.tags = chars, tags
     corpus.unit_per_line = False
     corpus.notes.append(
         f"{corpus.path}: word-segmented ({words:,} of {tokens:,} tokens are words of several characters): the tag of "

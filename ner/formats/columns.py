@@ -66,11 +66,11 @@ def _sentences(source: Source) -> Iterator[Sentence]:
         except KeyError:
             pair = parsed[line] = _parse(f"{source.path}:{line_number}", line, columns)
         if pair:
-            if not sentence.chars:
+            if not sentence.units:
                 sentence.line = line_number
-            sentence.chars.append(pair[0])
+            sentence.units.append(pair[0])
             sentence.tags.append(pair[1])
-        elif sentence.chars:
+        elif sentence.units:
             yield sentence
             sentence = Sentence([], [], 0)
 
@@ -154,15 +154,15 @@ def _rows_as_sentences(source: Source, header: Header) -> Iterator[Sentence]:
     for number, line in lines:
         row = _row(f"{source.path}:{number}", line, header)
         new_id = row[header.sentence] if row and header.sentence is not None else ""
-        if sentence.chars and (not row or (new_id and new_id != sentence_id)):
+        if sentence.units and (not row or (new_id and new_id != sentence_id)):
             yield sentence
             sentence = Sentence([], [], 0)
         if row:
             sentence_id = new_id or sentence_id  # some files name a sentence in its first row only
             sentence.line = sentence.line or number
-            sentence.chars.append(row[header.token])
+            sentence.units.append(row[header.token])
             sentence.tags.append(row[header.tag])
-    if sentence.chars:
+    if sentence.units:
         yield sentence
 
 

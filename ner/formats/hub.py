@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from ner.corpus import Corpus, Sentence
-from ner.errors import UserError
+from ner.errors import UserError, first_line
 from ner.formats.assembly import corpus_of_tags
 from ner.formats.schemes import is_tag, no_tag
-from ner.formats.source import Source, first_line
+from ner.formats.source import Source
 
 PREFIX = "hub:"
 TOKEN_COLUMNS = ("tokens", "words")

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ner.corpus import Corpus, Sentence
-from ner.errors import UserError
+from ner.errors import UserError, first_line
 from ner.formats.assembly import corpus_of_offsets, paint
 from ner.formats.schemes import is_tag
-from ner.formats.source import Source, first_line, quote
+from ner.formats.source import Source, quote
 
 EXAMPLE = '{"text": "…", "label": [[0, 3, "PER"]]}'
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")

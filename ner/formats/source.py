@@ -102,8 +102,3 @@ def quote(text: str) -> str:
     """Return a text in quotes for an error, without its line end, shortened to 40 characters."""
     text = text.rstrip("\r\n")
     return repr(text if len(text) <= 40 else text[:40] + "…")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's error, shortened, or the name of its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
