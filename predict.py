@@ -240,6 +240,8 @@ def _tag_on_ray(options: argparse.Namespace) -> None:
         raise UserError("--ray tags files into --format jsonl or parquet, without --uncertain")
     if options.input in (None, "-") or options.output in (None, "-"):
         raise UserError("--ray needs --input FILE or 'PATTERN' and --output FOLDER, which all machines reach")
+    if "://" in options.output:
+        raise UserError(f"--output {options.output}: expected a folder on a disk that all machines share")
     from ner import ray_tagging
     from ner.predictor import run_folder
 

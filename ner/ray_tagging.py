@@ -6,9 +6,10 @@ worker costs the shard it was on, and a run that was stopped goes on with the sh
 `pip install "ray[data]"`. All machines need the same files under the same paths.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ner.shards import Shard, plan, texts_of
 
 log = logging.getLogger("ner.ray_tagging")
 PLAN = "shards.json"  # in the output folder: what was cut how
+RETRIES = 5  # of a shard whose worker dies; one that kills every worker ends the run
 
 
 @dataclass(frozen=True)
@@ -46,33 +48,62 @@ def tag(pattern: str, output: Path, settings: Settings, form: str, workers: int 
         log.warning("%d of %d shards are in %s already", len(shards) - len(missing), len(shards), output)
     if not missing:
         return 0
+    _connect(ray, address, settings)
+    tagged = _tagged(ray, missing, output, settings, form, workers)
+    texts, damaged = 0, []
+    try:
+        for row in tagged.iter_rows():
+            texts += int(row["texts"])
+            damaged += [row["damaged"]] if row["damaged"] else []
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"a shard could not be tagged: {reason}; whole shards stay in {output}") from None
+    for what in sorted(damaged):
+        log.warning("%s", what)
+    for leftover in output.glob(f".part-*{files.WRITING}*"):  # of killed workers, now that all shards are whole
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+    return texts
+
+
+def _connect(ray: Any, address: str, settings: Settings) -> None:
+    """Join the cluster, or start one on this machine. Raises UserError where it cannot be reached."""
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(settings.threads)}
-    ray.init(
-        address=address or None,
-        runtime_env={"env_vars": environment},
-        ignore_reinit_error=True,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            address=address or None,
+            runtime_env={"env_vars": environment},
+            ignore_reinit_error=True,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--ray {address}: no Ray cluster can be reached there ({reason})") from None
     ray.data.DataContext.get_current().enable_progress_bars = False
-    cluster = ray.cluster_resources()
-    gpus = 1 if settings.engine != "onnx" and cluster.get("GPU", 0) >= 1 else 0
-    room = int(cluster["GPU"]) if gpus else int(cluster.get("CPU", 1)) // settings.threads
-    size = max(1, min(workers or room, len(missing)))
-    rows = ray.data.from_items([asdict(shard) for shard in missing], override_num_blocks=len(missing))
-    tagged = rows.map_batches(
+
+
+def _tagged(ray: Any, shards: list[Shard], output: Path, settings: Settings, form: str, workers: int | None) -> Any:
+    """Return a data set of a row a shard, which tags the shards as it is read. Raises UserError."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 1 if settings.engine != "onnx" and any(machine.get("GPU", 0) >= 1 for machine in machines) else 0
+    room = sum(int(m.get("GPU", 0)) if gpus else int(m.get("CPU", 0)) // settings.threads for m in machines)
+    if not workers and not room:
+        raise UserError(
+            f"--threads {settings.threads}: no machine of the cluster has that many cores; give fewer, or --workers "
+            "where the cluster grows when it is asked to"
+        )
+    size = min(workers or room, len(shards))
+    rows = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+    return rows.map_batches(
         ShardTagger,
         fn_constructor_args=(settings, str(output), form),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
         num_cpus=settings.threads,
         num_gpus=gpus,
+        max_task_retries=RETRIES,
     )
-    try:
-        return sum(int(row["texts"]) for row in tagged.iter_rows())
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"a shard could not be tagged: {reason}; whole shards stay in {output}") from None
 
 
 class ShardTagger:
@@ -86,23 +117,24 @@ class ShardTagger:
         )
         self.output, self.form = Path(output), form
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        """Tag the one shard of a batch, a column a field; return the number of its texts."""
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Tag the one shard of a batch, a column a field; return the number of its texts and what was damaged."""
         shard = Shard(**{name: getattr(column[0], "item", lambda c=column: c[0])() for name, column in batch.items()})
-        target, count = self.output / shard.output, 0
-        with files.replacing(target) as temporary, _open(temporary, self.form) as write:
-            for rows in self._rows(shard):
+        count, damaged = 0, list[int]()
+        with files.replacing(self.output / shard.output) as temporary, _writer(temporary, self.form) as write:
+            for rows in self._rows(shard, damaged):
                 write(rows)
                 count += len(rows)
-        return {"texts": [count]}
+        what = f"{shard.file}:{damaged[0]}: not {shard.encoding}; what does not fit became \ufffd in" if damaged else ""
+        return {"texts": [count], "damaged": [f"{what} {len(damaged)} lines of {shard.output}" if damaged else ""]}
 
-    def _rows(self, shard: Shard) -> Iterator[list[dict]]:
+    def _rows(self, shard: Shard, damaged: list[int]) -> Iterator[list[dict]]:
         """Yield the results of a shard in lists of bounded size."""
         from ner.texts import chunks
         from ner.writers import record
 
         line = shard.first_line
-        for chunk in chunks(texts_of(shard)):
+        for chunk in chunks(texts_of(shard, damaged)):
             results = self.predictor.results(chunk)
             yield [record(result) | {"file": shard.file, "line": line + index} for index, result in enumerate(results)]
             line += len(chunk)
@@ -130,29 +162,33 @@ def _planned(shards: list[Shard], output: Path, settings: Settings) -> list[Shar
     return shards
 
 
-class _open:
-    """A context that gives a function which writes lists of results to a JSON Lines or Parquet file."""
+@contextlib.contextmanager
+def _writer(path: Path, form: str) -> Iterator[Callable[[list[dict]], None]]:
+    """Open a function that writes lists of results to a JSON Lines or Parquet file."""
+    if form == "jsonl":
+        from ner.writers import as_json
 
-    def __init__(self, path: Path, form: str):
-        if form == "parquet":
-            import pyarrow
-            from pyarrow import parquet
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            yield lambda rows: file.writelines(as_json(row, row["text"]) + "\n" for row in rows)
+        return
+    import pyarrow
+    from pyarrow import parquet
 
-            text, number = pyarrow.string(), pyarrow.int64()
-            entity = {"text": text, "type": text, "start": number, "end": number, "score": pyarrow.float64()}
-            columns = {"text": text, "entities": pyarrow.list_(pyarrow.struct(list(entity.items())))}
-            schema = pyarrow.schema(list((columns | {"file": text, "line": number}).items()))
-            self.file = parquet.ParquetWriter(path, schema)
-            self.write = lambda rows: self.file.write_table(pyarrow.Table.from_pylist(rows, schema))
-        else:
-            self.file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115  closed in __exit__
-            self.write = lambda rows: self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    from ner.predictor import LONE_SURROGATE
 
-    def __enter__(self) -> Any:
-        return self.write
+    text, number = pyarrow.string(), pyarrow.int64()
+    entity = {"text": text, "type": text, "start": number, "end": number, "score": pyarrow.float64()}
+    columns = {"text": text, "entities": pyarrow.list_(pyarrow.struct(list(entity.items())))}
+    schema = pyarrow.schema(list((columns | {"file": text, "line": number}).items()))
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def write(rows: list[dict]) -> None:
+        for row in rows:  # Parquet holds UTF-8, which half a surrogate pair has not
+            for holder in (row, *row["entities"]):
+                holder["text"] = LONE_SURROGATE.sub("\ufffd", holder["text"])
+        table.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+    with parquet.ParquetWriter(path, schema) as table:
+        yield write
 
 
 def _import_ray() -> Any:

@@ -44,7 +44,7 @@ def writer(name: str, types: list[str], unit: str, model: str, colour: bool = Fa
 
 def jsonl(result: Result) -> str:
     """Return {"text", "entities": [{"text", "type", "start", "end", "score"}]} on one line."""
-    return _json(record(result), result.text) + "\n"
+    return as_json(record(result), result.text) + "\n"
 
 
 def record(result: Result) -> dict:
@@ -59,7 +59,7 @@ def record(result: Result) -> dict:
 def doccano(result: Result) -> str:
     """Return {"text", "label": [[start, end, type]]} on one line, which doccano imports for sequence labelling."""
     labelled = {"text": result.text, "label": [[e.start, e.end, e.type] for e in result.entities]}
-    return _json(labelled, result.text) + "\n"
+    return as_json(labelled, result.text) + "\n"
 
 
 def labelstudio(result: Result, model: str) -> str:
@@ -79,7 +79,7 @@ def labelstudio(result: Result, model: str) -> str:
         for number, e in enumerate(result.entities)
     ]
     prediction = {"model_version": model, "score": round(result.margin, 6), "result": regions}
-    return _json({"data": {"text": result.text}, "predictions": [prediction]}, result.text)
+    return as_json({"data": {"text": result.text}, "predictions": [prediction]}, result.text)
 
 
 def bio(result: Result, unit: str = "character") -> str:
@@ -137,6 +137,6 @@ def _coloured(result: Result, types: list[str]) -> str:
     return "".join(parts) + visible(result.text[position:])
 
 
-def _json(value: dict, text: str) -> str:
+def as_json(value: dict, text: str) -> str:
     """Return a value on one line; a lone surrogate has no UTF-8, as an escape it survives."""
     return json.dumps(value, ensure_ascii=bool(LONE_SURROGATE.search(text)))
