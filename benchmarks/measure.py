@@ -44,6 +44,8 @@ MEASUREMENTS = {
     "methods-ner_data": f"benchmarks/scores.py --data ner_data --tuning {METHODS} --seeds 1 {NER_EPOCHS}",
     "train-ner_data": "benchmarks/train.py --data ner_data --epochs 2",
     "train-msra": "benchmarks/train.py",
+    "base-size": "benchmarks/base_size.py",
+    "ray-msra": "benchmarks/cluster.py --megabytes 5",
     "predict-msra": "benchmarks/predict.py --sentences 300",
     "predict-ner_data": "benchmarks/predict.py --data ner_data/test --sentences 300",
 }

@@ -202,15 +202,56 @@ def tagging_speed(chinese: bool) -> tuple[list[str], Rows]:
     return ["tagging", *columns, "command", "measured"], rows
 
 
-def cost(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/cluster.md: hours of one machine, from the measured rate."""
-    head = ["to tag", "hours", "at characters a second", "measured"]
+def base_size(chinese: bool) -> tuple[list[str], Rows]:
+    """The table of docs/performance.md: training steps at the size of bert-base and of the embedded encoder."""
+    head = ["encoder", "tuning", "seconds a step", "peak memory, MB", "tokens/s", "ratio", "command", "measured"]
+    if not (measurement := load("base-size")):
+        return head, []
+    names = {"base": "12 × 768, random", "embedded": "the embedded one"}
     rows = []
+    for size, tunings in measurement["runs"][0].items():
+        for tuning in tunings:
+            runs = [run[size][tuning] for run in measurement["runs"]]
+            pairs = [
+                " / ".join(figure([run[prefix + key] for run in runs], digits) for prefix in ("", "peer_"))
+                for key, digits in (("seconds_per_step", 2), ("peak_mb", 0), ("tokens_per_second", 0))
+            ]
+            ratio = figure([run["ratio"] for run in runs], 1)
+            command = f"`{measurement['command']}`"
+            rows.append([names[size], f"`{tuning}`", *pairs, ratio, command, source(measurement)])
+    return head, rows
+
+
+def ray_speed(chinese: bool) -> tuple[list[str], Rows]:
+    """The table of docs/cluster.md: Ray's workers of one thread against one process of as many threads."""
+    head = ["workers", "characters/s", "one process", "ratio", "with all loading", "one process", "command", "measured"]
+    if not (measurement := load("ray-msra")):
+        return head, []
+    rows = []
+    for count in measurement["runs"][0]["ray"]:
+        ray, plain = ([run[way][count] for run in measurement["runs"]] for way in ("ray", "plain"))
+        cells = [figure([run[key] for run in way]) for key in ("loaded", "whole") for way in (ray, plain)]
+        ratio = figure([run["ratio"] for run in ray], 2)
+        rows.append([count, *cells[:2], ratio, *cells[2:], f"`{measurement['command']}`", source(measurement)])
+    return head, rows
+
+
+def cost(chinese: bool) -> tuple[list[str], Rows]:
+    """The table of docs/cluster.md: hours of one machine or one worker, from the measured rates."""
+    head = ["to tag", "with", "hours", "at characters a second", "measured"]
+    rates = []
     if measurement := load("predict-msra"):
         rate = median(run["characters_per_second"] for run in measurement["runs"])
-        for text, characters in (("a million sentences of 43 characters", 43e6), ("a billion characters", 1e9)):
-            rows.append([text, f"{characters / rate / 3600:.2f}", f"{rate:,.0f}", source(measurement)])
-    return head, rows
+        rates.append(("one process on all cores", rate, source(measurement)))
+    if measurement := load("ray-msra"):
+        rate = median(run["ray"]["1"]["loaded"] for run in measurement["runs"])
+        rates.append(("one Ray worker of one thread", rate, source(measurement)))
+    amounts = (("a million sentences of 43 characters", 43e6), ("a billion characters", 1e9))
+    return head, [
+        [text, what, f"{characters / rate / 3600:.2f}", f"{rate:,.0f}", measured]
+        for text, characters in amounts
+        for what, rate, measured in rates
+    ]
 
 
 TABLES: dict[str, Callable[[bool], tuple[list[str], Rows]]] = {
@@ -219,7 +260,9 @@ TABLES: dict[str, Callable[[bool], tuple[list[str], Rows]]] = {
     "methods": methods,
     "rates": rates,
     "training speed": training_speed,
+    "base size": base_size,
     "tagging speed": tagging_speed,
+    "ray speed": ray_speed,
     "cost": cost,
 }
 

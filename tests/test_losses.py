@@ -50,6 +50,20 @@ def test_nothing_labelled_costs_nothing_and_bf16_is_summed_in_float32(kind):
     assert loss(logits().bfloat16(), GOLD).dtype == torch.float32
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
+def test_positions_that_are_left_out_have_no_part_in_the_loss(kind, smoothing):
+    """Neither what stands there counts, nor is a share of the weight of other labels spread over them."""
+    loss, rows = losses.loss_function(kind, smoothing), logits()
+    alone = loss(rows[GOLD != -100][None], GOLD[GOLD != -100][None])
+    with torch.no_grad():
+        odd = rows.masked_fill((GOLD == -100)[:, :, None], float("nan"))
+    padded = loss(odd.requires_grad_(), GOLD)
+    assert float(padded.detach()) == pytest.approx(float(alone.detach()), rel=1e-6)
+    (gradient,) = torch.autograd.grad(padded, odd)
+    assert not gradient[GOLD == -100].any() and gradient[GOLD != -100].all()
+
+
 @pytest.mark.parametrize("keys", [{"loss": "focal"}, {"label_smoothing": 0.1}])
 def test_a_run_trains_by_the_loss_that_the_config_names(tmp_path, keys):
     plain = last_loss(tmp_path / "plain")
