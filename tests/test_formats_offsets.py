@@ -200,6 +200,20 @@ def test_what_predict_writes_for_label_studio_is_read_back(tmp_path):
         assert warning.endswith("tasks with predictions and no annotations; the predictions are taken for the truth: 1")
 
 
+def test_offsets_that_may_count_utf16_code_units_are_warned_of(tmp_path):
+    """As doccano's do; nothing in the file tells, unless entities come with a copy of their text."""
+    records = [
+        {"text": "😀" + TEXT, "label": [[1, 4, "PER"]]},
+        {"text": TEXT + "😀", "label": [[0, 3, "PER"]]},  # nothing is shifted
+        {"text": "𠮷" + TEXT, "entities": [{"start": 1, "end": 4, "type": "PER", "text": "江泽民"}]},  # checked
+    ]
+    corpus = formats.read(write(tmp_path, *records))
+    assert [sentence.tags.index("B-PER") for sentence in corpus.sentences] == [1, 0, 1]
+    (warning,) = corpus.warnings()
+    assert "has no copy of its text: 1; " in warning and "doccano" in warning
+    assert formats.read(write(tmp_path, *records[1:])).warnings() == []
+
+
 def labelled(content, **value):
     return {"data": {"text": content}, "annotations": [{"result": [{"value": value}]}]}
 

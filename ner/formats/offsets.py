@@ -17,11 +17,14 @@ from ner.formats.source import Source, quote
 
 EXAMPLE = '{"text": "…", "label": [[0, 3, "PER"]]}'
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+WIDE = re.compile("[\U00010000-\U0010ffff]")  # two code units in UTF-16
 BLANK = re.compile(r"[ \t\r\n]*")
 NOTES = {
     "unlabelled": "tasks without an annotation, left out: {count:,}",
     "unnamed": "spans without a label, left out: {count:,}",
     "several": "tasks with several annotations, of which the ground truth or else the first is taken: {count:,}",
+    "wide": "texts with emoji or rare characters before or in an entity that has no copy of its text: {count:,}; "
+    "its offsets are taken as characters, which doccano's are not unless the project counts grapheme clusters",
     "predictions": "tasks with predictions and no annotations; the predictions are taken for the truth: {count:,}",
 }
 
@@ -72,11 +75,14 @@ def read(source: Source) -> Corpus:
         except Unreadable as error:
             raise UserError(f"{source.path}:{line}: {error}") from None
         notes.update(record.notes)
+        notes["wide"] += any(
+            entity.text is None and WIDE.search(record.text, 0, entity.end) for entity in record.entities
+        )
         tags, overlapping = paint(len(record.text), entities)
         skipped += overlapping
         if record.text:
             sentences.append(Sentence(list(record.text), tags, line))
-    told = [f"{source.path}: {NOTES[note].format(count=count)}" for note, count in notes.items()]
+    told = [f"{source.path}: {NOTES[note].format(count=count)}" for note, count in notes.items() if count]
     return corpus_of_offsets(source.path, sentences, skipped, told)
 
 
