@@ -96,7 +96,7 @@ def trainer_steps(options: argparse.Namespace) -> Figures:
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
     rows = []
     for sentence in sentences:
-        row = dict(tokenizer(sentence.chars, is_split_into_words=True))
+        row = dict(tokenizer(sentence.units, is_split_into_words=True))
         tags = [labels.index(tag) for tag in sentence.tags]
         rows.append(row | {"labels": [-100, *tags, -100]})
         assert len(rows[-1]["labels"]) == len(row["input_ids"]), "a character is a token of this tokenizer"

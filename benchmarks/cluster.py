@@ -31,7 +31,7 @@ def sentences_of_msra() -> Iterator[str]:
 
     msra.ensure(say=print)
     for sentence in formats.read(str(ROOT / "data/msra/train")).sentences:
-        yield "".join(sentence.chars)
+        yield "".join(sentence.units)
 
 
 def lines_of(files: list[Path]) -> Iterator[str]:

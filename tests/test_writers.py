@@ -66,7 +66,7 @@ def test_awkward_texts_come_back_with_the_same_tags_through_the_commands(tmp_pat
     assert sum(map(len, found)) >= len(AWKWARD) - 1
     corpus = formats.read(str(file))
     expected = [(list(text), tags_of(text, entities)) for text, entities in zip(AWKWARD, found, strict=True) if text]
-    assert [(sentence.chars, sentence.tags) for sentence in corpus.sentences] == expected
+    assert [(sentence.units, sentence.tags) for sentence in corpus.sentences] == expected
     assert corpus.skipped == corpus.repairs == 0
     loader.main([str(file)])
     assert "王芳" in capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_the_least_certain_texts_in_every_format(tmp_path, form, ending):
     results = {result.text: result.margin for result in predict.load(trained.exported()).results(texts)}
     expected = ["".join(text.split()) for text in sorted(results, key=results.__getitem__)[:2]]
     sentences = formats.read(str(tmp_path / f"out.{ending}")).sentences
-    assert ["".join("".join(sentence.chars).split()) for sentence in sentences] == expected
+    assert ["".join("".join(sentence.units).split()) for sentence in sentences] == expected
 
 
 def test_brat_and_csv_of_what_was_tagged_come_back(tmp_path):
@@ -112,7 +112,7 @@ def test_brat_and_csv_of_what_was_tagged_come_back(tmp_path):
     tags = tags_of(text, result.entities)
     corpus = formats.read(str(tmp_path / "a.ann"))
     assert len(result.entities) > 5 and corpus.skipped == 0
-    assert "\n".join("".join(s.chars) for s in corpus.sentences) + "\n" == text
+    assert "\n".join("".join(s.units) for s in corpus.sentences) + "\n" == text
     assert [tag for s in corpus.sentences for tag in s.tags] == [
         t for c, t in zip(text, tags, strict=True) if c != "\n"
     ]
@@ -122,7 +122,7 @@ def test_brat_and_csv_of_what_was_tagged_come_back(tmp_path):
         for char, tag in zip(text, tags, strict=True):
             table.writerow([char, tag] if char != "\n" else [])
     again = formats.read(str(tmp_path / "a.csv")).sentences
-    assert [(s.chars, s.tags) for s in again] == [(s.chars, s.tags) for s in corpus.sentences]
+    assert [(s.units, s.tags) for s in again] == [(s.units, s.tags) for s in corpus.sentences]
 
 
 def test_label_studio_tasks():
