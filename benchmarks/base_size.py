@@ -1,6 +1,6 @@
 """Training steps at the size of bert-base (12 × 768, random weights) and of the embedded encoder, against the Trainer.
 
-    python benchmarks/base_size.py [--sizes base embedded] [--tuning lora full] [--steps 8] [--json FILE]
+    python benchmarks/base_size.py [--sizes base embedded] [--tuning lora full] [--steps 6] [--json FILE]
 
 Both sides train on the same sentences of 20 to 70 random characters, 16 in a step, each in a process of its own, which
 gives the peak memory. Two steps warm up; the figures are of those that follow. The suite computes as main.py does by
@@ -197,7 +197,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=["base", "embedded"], default=["base", "embedded"])
     parser.add_argument("--tuning", nargs="+", choices=list(RATES), default=list(RATES))
-    parser.add_argument("--steps", type=int, default=8, help="of each side that are counted (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="of each side that are counted (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--side", choices=["main", "trainer"], help=argparse.SUPPRESS)
     for part in ("encoder", "sentences"):

@@ -45,7 +45,7 @@ MEASUREMENTS = {
     "train-ner_data": "benchmarks/train.py --data ner_data --epochs 2",
     "train-msra": "benchmarks/train.py",
     "base-size": "benchmarks/base_size.py",
-    "ray-msra": "benchmarks/cluster.py --megabytes 5",
+    "ray-msra": "benchmarks/cluster.py --megabytes 2",
     "predict-msra": "benchmarks/predict.py --sentences 300",
     "predict-ner_data": "benchmarks/predict.py --data ner_data/test --sentences 300",
 }
