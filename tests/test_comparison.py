@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_report import EVIL, Page, fill, scores, sentence
+from pages import EVIL, Page, fill, scores, sentence
 
 from ner import comparison, report
 from ner.errors import UserError
