@@ -41,9 +41,8 @@ class FastGradient:
         gradient = embedded.grad.float()
         length = gradient.flatten(1).norm(dim=1)[:, None, None]
         shift = self.epsilon * gradient / length
-        self._shift = shift.where(shift.isfinite(), 0).to(
-            embedded.dtype
-        )  # no gradient, or one that overflowed: no move
+        finite = shift.where(shift.isfinite(), 0)  # a gradient that is zero or overflowed moves nothing
+        self._shift = finite.to(embedded.dtype)
         try:
             yield
         finally:
