@@ -25,6 +25,22 @@ PATTERNS = [
     "我们公司在{LOC}有五家分店！",
     "她没有回答。",
 ]
+BERT_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+ROBERTA_TOKENS = {
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "mask_token": "<mask>",
+}
 
 
 def wordpiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
@@ -36,15 +52,7 @@ def wordpiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return _finish(
-        tokenizer,
-        folder,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-    )
+    return _finish(tokenizer, folder, BERT_TOKENS)
 
 
 def sentencepiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
@@ -56,17 +64,7 @@ def sentencepiece(folder=None, text: str = TEXT) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False)
-    return _finish(
-        tokenizer,
-        folder,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        cls_token="<s>",
-        sep_token="</s>",
-        bos_token="<s>",
-        eos_token="</s>",
-        mask_token="<mask>",
-    )
+    return _finish(tokenizer, folder, ROBERTA_TOKENS)
 
 
 def bytelevel(folder=None, text: str = TEXT, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
@@ -84,20 +82,10 @@ def bytelevel(folder=None, text: str = TEXT, add_prefix_space: bool = False) -> 
         ),
     )
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=add_prefix_space)
-    return _finish(
-        tokenizer,
-        folder,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        cls_token="<s>",
-        sep_token="</s>",
-        bos_token="<s>",
-        eos_token="</s>",
-        mask_token="<mask>",
-    )
+    return _finish(tokenizer, folder, ROBERTA_TOKENS)
 
 
-def _finish(tokenizer, folder, **specials) -> PreTrainedTokenizerFast:
+def _finish(tokenizer, folder, specials: dict[str, str]) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **specials)
     if folder is not None:
         fast.save_pretrained(folder)
