@@ -15,6 +15,7 @@ import trained
 import evaluate
 import main
 from ner import files
+from ner.tagging import Tagger
 
 TYPES = ("PER", "LOC", "ORG")
 
@@ -162,8 +163,9 @@ def test_a_test_file_of_the_project_is_found_from_any_folder(run, tmp_path, monk
     (tmp_path / "run" / "config.yaml").write_text("test: data/some-test\nprecision: auto\n", "utf-8")
     monkeypatch.setattr("ner.paths.ROOT", tmp_path / "project")
     monkeypatch.chdir(tmp_path)
-    evaluate.main(["--run", str(tmp_path / "run"), "--json", "-"])
-    assert json.loads(capsys.readouterr().out) == json.loads((run / "test.json").read_text("utf-8"))
+    for named in ([], ["--data", "data/some-test"]):
+        evaluate.main(["--run", str(tmp_path / "run"), "--json", "-", *named])
+        assert json.loads(capsys.readouterr().out) == json.loads((run / "test.json").read_text("utf-8"))
 
 
 def test_either_engine_is_scored(tmp_path, capsys):
@@ -177,6 +179,27 @@ def test_either_engine_is_scored(tmp_path, capsys):
         evaluate.main(["--run", str(trained.run()), "--data", str(data), "--json", "-", "--engine", "onnx"])
     text = capsys.readouterr().err
     assert end.value.code == 2 and text.count("\n") == 1 and "model_int8.onnx" in text
+
+
+def test_without_an_engine_the_model_is_scored_as_it_was_trained_and_not_its_onnx_file(tmp_path, monkeypatch, capsys):
+    run, data = trained.exported(), tiny.corpus(tmp_path / "data", 20, seed=9)
+    monkeypatch.setattr("ner.engines.OnnxEngine.logits", lambda *_: pytest.fail("the ONNX file was scored"))
+    evaluate.main(["--run", str(run), "--data", str(data), "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["micro"]["f1"] > 0.9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_test_is_scored_in_the_precision_of_the_run_by_both_commands(tmp_path, monkeypatch, precision):
+    used = []
+
+    def watched(folder, device="cpu", precision="auto", *rest, real=Tagger.of, **keys):
+        used.append((precision, rest, keys))
+        return real(folder, device, precision, *rest, **keys)
+
+    monkeypatch.setattr(Tagger, "of", watched)
+    main.main(runs.argv(tmp_path, precision=precision, epochs=1))
+    evaluate.main(["--run", str(tmp_path / "run")])
+    assert used == [(precision, (), {})] * 2
 
 
 def test_the_onnx_file_is_what_is_scored(tmp_path, monkeypatch, capsys):

@@ -63,6 +63,8 @@ def test_nothing_is_said_twice(tmp_path):
     assert len(warnings) == len(set(warnings))
     for words in ("orphan tags", "different tags in different places", f"{train.path}: fewer than"):
         assert sum(words in warning for warning in warnings) == 1
+    warnings = survey.warnings_of(train, train)
+    assert len(warnings) == len(set(warnings)), "dev may be train's own file"
 
 
 def test_the_survey_counts_entities_forms_and_lengths():

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from ner import config, model, saved_model
-from ner.tagging import Tagger
+from ner.tagging import Tagger, least_margin
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TEXTS = ["1998年3月，江泽民在北京会见了比尔·盖茨。", "上海", "\u3000 \u200b😀e\u0301[SEP]"]
@@ -73,3 +73,8 @@ def test_batches_on_several_threads_give_what_one_gives(saved, tuning):
     finally:
         torch.set_num_threads(before)
     assert all(np.array_equal(one, several) for one, several in zip(*scores, strict=True))
+
+
+def test_a_margin_needs_two_labels():
+    assert least_margin(np.zeros((3, 1), np.float32)) == least_margin(np.zeros((0, 5), np.float32)) == 1.0
+    assert least_margin(np.log(np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]))) == pytest.approx(0.2)
