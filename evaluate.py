@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     from ner.corpus import check_unit
     from ner.scores import newest_run, score_sentences, table
 
-    run = Path(options.run) if options.run else newest_run()
-    if not whole_folder(run / "model").is_dir():
-        raise UserError(f"{run}: expected the folder of a run, which holds model/")
+    run = resolve_path(options.run) if options.run else newest_run()
+    if run is None or not whole_folder(run / "model").is_dir():
+        raise UserError(f"{options.run or run}: expected the folder of a run, which holds model/")
     config = _config_of(run)
     corpus = _read(options.data, config, run)
     only_json = options.json == "-"

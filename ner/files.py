@@ -91,7 +91,10 @@ def restore_folder(target: str | os.PathLike) -> None:
 def whole_folder(target: str | os.PathLike) -> Path:
     """Return `target`, or its old folder where a process was killed between the two renames. Moves nothing."""
     target = Path(target)
-    return target if target.exists() else _newest_replaced(target) or target
+    with contextlib.suppress(OSError, ValueError):  # a name too long, a NUL: whoever opens it will say so
+        if not target.exists():
+            return _newest_replaced(target) or target
+    return target
 
 
 def remove_leftovers(target: str | os.PathLike) -> None:

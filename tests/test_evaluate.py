@@ -99,6 +99,7 @@ def test_the_run_is_found_and_scored_from_another_folder(run):
     (lambda run: (run / "model" / "adapter_model.safetensors").write_bytes(b"x" * 50), "adapter_model.safetensors"),
     (lambda run: (run / "model" / "adapter_config.json").unlink(), "adapter_config.json"),
     (lambda run: shutil.rmtree(run / "model"), "model"),
+    (lambda run: shutil.rmtree(run), "expected the folder of a run"),
     (lambda run: (run / "config.yaml").write_text("test: [1, {}]"), "config.yaml:1"),
     (lambda run: (run / "config.yaml").write_text("test: null"), "--data"),
     (lambda run: (run / "config.yaml").write_text("test: /nowhere/test"), "/nowhere/test"),
@@ -222,3 +223,19 @@ def test_runs_of_earlier_versions_are_scored(name, tmp_path, capsys):
     scores, saved = json.loads(capsys.readouterr().out), json.loads((run / "test.json").read_text("utf-8"))
     assert scores["micro"]["support"] == saved["micro"]["support"] > 0
     assert scores["micro"]["f1"] == pytest.approx(saved["micro"]["f1"], abs=0.03)  # of other engines, then
+
+
+def test_a_run_is_named_as_in_every_command_and_a_name_too_long_is_one_line(run, tmp_path, monkeypatch, capsys):
+    import predict
+
+    (tmp_path / "project" / "output").mkdir(parents=True)
+    shutil.copytree(run, tmp_path / "project" / "output" / "some-run")
+    monkeypatch.setattr("ner.paths.ROOT", tmp_path / "project")
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["--run", "output/some-run", "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == json.loads((run / "test.json").read_text("utf-8"))
+    for command, arguments in ((evaluate, []), (predict, ["北京"])):
+        with pytest.raises(SystemExit) as end:
+            command.main(["--run", "x" * 5000, *arguments])
+        text = capsys.readouterr().err
+        assert end.value.code == 2 and text.count("\n") == 1 and "x: " in text
