@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -80,6 +81,20 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="pip install datasets"):
         formats.read(f"hub:{folder}")
+
+
+def test_a_hub_that_does_not_answer_is_one_line_at_once(monkeypatch, capfd):
+    from datasets import config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    before, begun = (constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE), time.monotonic()
+    with pytest.raises(UserError, match="hub:nobody/none: the hub does not answer") as caught:
+        formats.read("hub:nobody/none")
+    assert "\n" not in str(caught.value) and time.monotonic() - begun < 15
+    assert before == (constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE)
+    said = capfd.readouterr()
+    assert said.out == said.err == ""
 
 
 def test_hub_rows_that_do_not_fit():

@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, or saved in a local folder, through the datasets library."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from ner.formats.schemes import is_tag, no_tag
 from ner.formats.source import Source
 
 PREFIX = "hub:"
+ANSWER_SECONDS = 5  # how long the hub may take to answer
 TOKEN_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels")
 SPLITS = {"dev": ("validation", "dev", "valid")}  # what data sets call the part that picks the best epoch
@@ -66,12 +68,41 @@ def _load(path: str, wanted: HubName) -> Any:
     try:
         if os.path.exists(f"{wanted.name}/dataset_dict.json"):
             return datasets.load_from_disk(wanted.name)
-        return _download(datasets.load_dataset, wanted.name, wanted.config)
+        if os.path.exists(wanted.name):
+            return _download(datasets.load_dataset, wanted.name, wanted.config)
+        with _cache_alone_where_the_hub_is_silent():
+            return _download(datasets.load_dataset, wanted.name, wanted.config)
     except Exception as error:  # the library raises whatever lies below it: network, parser, disk
+        if "OfflineModeIsEnabled" in str(error):
+            raise UserError(
+                f"{path}: the hub does not answer, and {wanted.name!r} is not in the datasets library's cache; set "
+                "HF_ENDPOINT to a mirror, or give a local folder after hub:"
+            ) from None
         raise UserError(
             f"{path}: the datasets library cannot load {wanted.name!r} ({first_line(error)}); check the name, set "
             "HF_ENDPOINT to a mirror, or give a local folder after hub:"
         ) from None
+
+
+@contextlib.contextmanager
+def _cache_alone_where_the_hub_is_silent() -> Iterator[None]:
+    """Have the datasets library look in its cache alone where the hub does not answer.
+
+    Left to itself it tries for half a minute, and says so in a dozen lines.
+    """
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
+    except Exception:  # refused, timed out, no name server: all the same here
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _download(load_dataset: Callable, name: str, config: str | None) -> Any:
