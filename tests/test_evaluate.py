@@ -14,6 +14,8 @@ import trained
 
 import evaluate
 import main
+import model
+import predict
 from ner import files
 from ner.tagging import Tagger
 
@@ -48,9 +50,6 @@ def test_the_command_gives_the_numbers_of_test_json_exactly(run, tmp_path, capsy
 
 
 def test_a_run_killed_between_the_renames_of_its_model_is_read_as_it_was(run, tmp_path, capsys, monkeypatch):
-    import model
-    import predict
-
     killed = shutil.copytree(run, tmp_path / "output" / "run")
     (killed / "model").rename(files.temporary_path(killed / "model", files.REPLACED))
     before = sorted(killed.rglob("*"))
@@ -226,8 +225,6 @@ def test_runs_of_earlier_versions_are_scored(name, tmp_path, capsys):
 
 
 def test_a_run_is_named_as_in_every_command_and_a_name_too_long_is_one_line(run, tmp_path, monkeypatch, capsys):
-    import predict
-
     (tmp_path / "project" / "output").mkdir(parents=True)
     shutil.copytree(run, tmp_path / "project" / "output" / "some-run")
     monkeypatch.setattr("ner.paths.ROOT", tmp_path / "project")
