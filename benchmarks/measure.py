@@ -42,7 +42,7 @@ MEASUREMENTS = {
     "focal-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
     "--head softmax --loss focal",
     "methods-ner_data": f"benchmarks/scores.py --data ner_data --tuning {METHODS} --seeds 1 {NER_EPOCHS}",
-    "train-ner_data": "benchmarks/train.py --data ner_data --epochs 2",
+    "train-ner_data": "benchmarks/train.py --data ner_data --sentences 500 --epochs 2",
     "train-msra": "benchmarks/train.py",
     "base-size": "benchmarks/base_size.py",
     "ray-msra": "benchmarks/cluster.py --megabytes 2",

@@ -78,14 +78,8 @@ def training_arguments(setup: Setup, folder: str, tuned: bool) -> TrainingArgume
         disable_tqdm=True,
         bf16=tuned or has_gpu,
         use_cpu=not has_gpu,
-        **(grouped_by_length() if tuned else {}),
+        train_sampling_strategy="group_by_length" if tuned else "random",
     )
-
-
-def grouped_by_length() -> dict[str, Any]:
-    """Return the Trainer's setting for batches of like length, which transformers 5 has renamed."""
-    is_old = "group_by_length" in TrainingArguments.__dataclass_fields__
-    return {"group_by_length": True} if is_old else {"train_sampling_strategy": "group_by_length"}
 
 
 def decoded(scores: np.ndarray, item: Item, units: int, labels: list[str]) -> list[str]:
@@ -120,6 +114,9 @@ def train(setup: Setup, tuned: bool) -> dict[str, float]:
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
+        trainer.args.train_sampling_strategy = (
+            "random"  # predict goes by it too: groups would reorder the test sentences
+        )
         scores = trainer.predict(test_set).predictions
     gold = [sentence.tags for sentence in test.sentences]
     predicted = [decoded(*pair, len(tags), labels) for *pair, tags in zip(scores, test_set, gold, strict=True)]

@@ -19,9 +19,8 @@ import numpy as np
 from ner import config as settings
 from ner import files, formats, onnx_writer, saved_model
 from ner.corpus import Sentence
-from ner.encoder import first_line
 from ner.engines import OnnxEngine
-from ner.errors import UserError
+from ner.errors import UserError, first_line
 from ner.meta import model_folder, write_meta
 from ner.onnx_writer import FILES, OnnxFile
 from ner.quantize import Arrays

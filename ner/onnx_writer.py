@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ner.encoder import first_line
-from ner.errors import UserError
+from ner.errors import UserError, first_line
 from ner.quantize import Arrays, quantize
 
 OPSET = 17
