@@ -10,18 +10,16 @@ of real tokens a second. What else differs is written in benchmarks/train.py.
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from train_setup import BATCH, LORA, ROOT, measured
+
 EMBEDDED = ROOT / "data" / "encoder"
-BATCH, WARM_UP, RANK, ALPHA = 16, 2, 16, 32
+WARM_UP = 2
 RATES = {"lora": 1e-3, "full": 2e-5}
 Figures = dict[str, float]
 
@@ -50,27 +48,32 @@ def write_base_encoder(folder: Path) -> None:
 def main_steps(options: argparse.Namespace) -> Figures:
     """Return tokens and seconds of main.py's steps."""
     import main as loop
-    from ner import adalora, config, distributed, formats
+    from ner import config, distributed, formats
     from ner.progress import Progress, tokens_of
     from ner.training import build
 
     arguments = ["--pretrained", str(options.encoder), "--tuning", options.tuning[0], "--head", "softmax"]
     arguments += ["--train", str(options.sentences), "--dev", "null", "--test", "null", "--epochs", "1"]
     arguments += ["--max_train_sentences", "null", "--batch_size", str(BATCH), "--lora.dropout", "0"]
-    arguments += ["--lora.r", str(RANK), "--lora.alpha", str(ALPHA), "--learning_rate", str(RATES[options.tuning[0]])]
+    arguments += [
+        "--lora.r",
+        str(LORA["r"]),
+        "--lora.alpha",
+        str(LORA["alpha"]),
+        "--learning_rate",
+        str(RATES[options.tuning[0]]),
+    ]
     settings, _ = config.load(arguments)
     accelerator = distributed.start(settings)
     training = build(settings, formats.read(str(settings.train)), accelerator)
-    model, optimizer, progress = training.model, training.optimizer, Progress(micro_batch=BATCH)
+    progress = Progress(micro_batch=BATCH)
     tokens = seconds = 0.0
-    model.train()
+    training.model.train()
     for step, batch in enumerate(training.batches_of(0)):
         began = time.perf_counter()
-        distributed.sum_over_processes(accelerator, loop.add_gradients(training, batch, progress, step), optimizer)
-        gradients = adalora.gradients(model, optimizer.scale.value)
-        optimizer.step(training.learning_rate(step), settings.max_grad_norm)
-        adalora.after_step(model, step + 1, training.steps, gradients, optimizer)
-        optimizer.average(step + 1)
+        loss = loop.add_gradients(training, batch, progress, step)
+        distributed.sum_over_processes(accelerator, loss, training.optimizer)
+        training.optimizer_step(step)
         if step >= WARM_UP:
             tokens, seconds = tokens + tokens_of(batch), seconds + time.perf_counter() - began
     return {"tokens": tokens, "seconds": seconds}
@@ -104,8 +107,8 @@ def trainer_steps(options: argparse.Namespace) -> Figures:
     if options.tuning[0] == "lora":
         lora = LoraConfig(
             task_type=TaskType.TOKEN_CLS,
-            r=RANK,
-            lora_alpha=ALPHA,
+            r=LORA["r"],
+            lora_alpha=LORA["alpha"],
             target_modules="all-linear",
             exclude_modules=["classifier"],
         )
@@ -146,17 +149,12 @@ def in_a_process(side: str, encoder: Path, tuning: str, sentences: Path, steps: 
     file = sentences.with_name("figures.json")
     command = [sys.executable, __file__, "--side", side, "--encoder", str(encoder), "--tuning", tuning]
     command += ["--sentences", str(sentences), "--json", str(file)]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command)}\nfailed:\n" + log.read().decode(errors="replace")[-2000:])
+    memory = measured(command)
     figures = json.loads(file.read_text("utf-8"))
     return {
         "tokens_per_second": figures["tokens"] / figures["seconds"],
         "seconds_per_step": figures["seconds"] / steps,
-        "peak_mb": usage.ru_maxrss / 1024,
+        "peak_mb": memory,
     }
 
 

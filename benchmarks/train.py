@@ -17,8 +17,6 @@ the whole loop reaches, `step_peak_share` that of single steps, which benchmarks
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from train_setup import RATES, ROOT, Setup
+from train_setup import RATES, ROOT, Setup, measured
 from train_steps import matrix_peak
 
 from ner import config
@@ -47,17 +45,6 @@ DIFFERENCES = {
 }
 
 Figures = dict[str, Any]
-
-
-def measured(command: list[str]) -> float:
-    """Run a command quietly; return its peak resident memory in MB. Raises SystemExit with its last words."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command)}\nfailed:\n" + log.read().decode(errors="replace")[-2000:])
-    return usage.ru_maxrss / 1024
 
 
 def ours(setup: Setup, folder: Path) -> Figures:

@@ -1,7 +1,10 @@
-"""What is the same on all sides of benchmarks/train.py, and the command line by which it starts each of them."""
+"""What is the same on all sides of benchmarks/train.py and base_size.py, and how they start each of them."""
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +53,17 @@ class Setup:
         """Return the arguments of a side's own script, which writes its figures to `file` as JSON."""
         keys = {"data": self.data, "pretrained": self.pretrained, "epochs": self.epochs, "seed": self.seed}
         return [self.tuning, *(part for key, value in keys.items() for part in (f"--{key}", str(value))), str(file)]
+
+
+def measured(command: list[str]) -> float:
+    """Run a command quietly; return its peak resident memory in MB. Raises SystemExit with its last words."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(command)}\nfailed:\n" + log.read().decode(errors="replace")[-2000:])
+    return usage.ru_maxrss / 1024
 
 
 def parser_of_side(description: str | None) -> argparse.ArgumentParser:

@@ -40,21 +40,15 @@ def small_bert(attention_dropout: float = 0.0) -> BertForTokenClassification:
     )
 
 
+def with_adapters(model, **lora):
+    """The model under LoRA, with adapters that are not zero."""
+    settings = {"task_type": TaskType.TOKEN_CLS, "r": 4, "lora_alpha": 8, "exclude_modules": ["classifier"]}
+    return get_peft_model(model, LoraConfig(**settings, init_lora_weights=False, **lora))
+
+
 def tagger(**lora):
     """A small BERT under LoRA, without dropout, whose adapters are not zero."""
-    model = small_bert()
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type=TaskType.TOKEN_CLS,
-            r=4,
-            lora_alpha=8,
-            target_modules="all-linear",
-            exclude_modules=["classifier"],
-            init_lora_weights=False,
-            **lora,
-        ),
-    )
+    return with_adapters(small_bert(), target_modules="all-linear", **lora)
 
 
 def pass_through(model):

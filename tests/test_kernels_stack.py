@@ -7,8 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, TaskType, get_peft_model
-from test_kernels import TOLERANCE, distance, laid_out
+from test_kernels import TOLERANCE, distance, laid_out, with_adapters
 from torch import nn
 
 from ner import kernels
@@ -76,17 +75,7 @@ def pair(dtype=torch.float32, tuned="full", kind="bert", attention="eager", drop
             if name.endswith("bias"):
                 nn.init.normal_(weight, std=0.1)
         if TUNED[tuned]:
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    task_type=TaskType.TOKEN_CLS,
-                    r=4,
-                    lora_alpha=8,
-                    exclude_modules=["classifier"],
-                    init_lora_weights=False,
-                    **TUNED[tuned],
-                ),
-            )
+            model = with_adapters(model, **TUNED[tuned])
         if prepared:
             kernels.prepare(model, dtype, "cpu")
         made.append(model.train())
