@@ -4,16 +4,13 @@
 
 A step is forward, loss and backward on one batch of 16 sentences of 20 to 60 characters with the embedded encoder. All
 variants take the same step in turn in one process; the figure is the median over the rounds of the ratio of their
-processor times, with the lowest and highest quarter. The product cache is a setting of a process, so it is measured by
---child in processes of their own, over two passes over batches of many shapes.
+processor times, with the lowest and highest quarter.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,9 +19,6 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-PROCESS_SETTINGS = {
-    "product cache of 4,096": {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"},
-}
 WARM_UP = 3  # rounds that are not counted: products are compiled in them
 
 
@@ -72,7 +66,6 @@ def step_seconds(model, ids, mask) -> float:  # type: ignore[no-untyped-def]
 def without(kernel: str) -> Iterator[None]:
     """Turn one kernel off while models are prepared and run."""
     targets = {
-        "weights laid out once": ("ner.kernels.frozen.FrozenWeights.supports", staticmethod(lambda weight: False)),
         "dropout drawn beforehand": ("ner.kernels.dropout.replace_dropouts", lambda model, dtype: None),
         "layers on packed tokens": (
             "ner.kernels.bert_layers.PackedLayers.supports",
@@ -92,7 +85,7 @@ def compare(tuning: str, rounds: int) -> dict[str, list[float]]:
     from ner import kernels
     from ner.precision import choose_dtype
 
-    names = ["all kernels", "weights laid out once", "dropout drawn beforehand", "layers on packed tokens"]
+    names = ["all kernels", "dropout drawn beforehand", "layers on packed tokens"]
     names += ["LoRA in one product"] if tuning == "lora" else []
     dtype = choose_dtype("auto", "cpu")[0]
     models = {}
@@ -113,47 +106,17 @@ def compare(tuning: str, rounds: int) -> dict[str, list[float]]:
     return {name: [slow / fast for slow, fast in zip(values, base, strict=True)] for name, values in seconds.items()}
 
 
-def child(tuning: str) -> None:
-    """Print the seconds of 120 steps on batches of many shapes, with the settings of this process."""
-    from ner import kernels
-    from ner.precision import choose_dtype
-
-    model = build(tuning)
-    kernels.prepare(model, choose_dtype("auto", "cpu")[0], "cpu")
-    model.train()
-    print(sum(step_seconds(model, *batch(seed)) for _ in range(2) for seed in range(60)))
-
-
-def compare_processes(tuning: str, pairs: int) -> dict[str, list[float]]:
-    """Return for each process setting the ratios of the time without it to the time with it, a number a pair."""
-
-    def seconds(environment: dict[str, str]) -> float:
-        command = [sys.executable, __file__, "--child", tuning]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
-        return float(done.stdout.split()[-1])
-
-    return {
-        name: [seconds(environment) / seconds({}) for _ in range(pairs)]
-        for name, environment in PROCESS_SETTINGS.items()
-    }
-
-
 def main() -> None:
     """Measure and print a line a kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tuning", nargs="+", default=["lora", "full"], choices=["lora", "full"], help="What is trained. [lora full]")
     add("--rounds", type=int, metavar="N", default=12, help="Steps of each variant. [%(default)s]")
-    add("--pairs", type=int, metavar="N", default=3, help="Pairs of processes for the process setting. [%(default)s]")
     add("--json", type=Path, metavar="FILE", help="Write the ratios there too.")
-    add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.child)
-        return
     results: dict[str, dict[str, list[float]]] = {}
     for tuning in options.tuning:
-        results[tuning] = compare(tuning, options.rounds) | compare_processes(tuning, options.pairs)
+        results[tuning] = compare(tuning, options.rounds)
         for name, ratios in results[tuning].items():
             low, middle, high = statistics.quantiles(ratios, n=4)
             print(f"{tuning}: without {name}: {middle:.3f} times the time ({low:.3f} to {high:.3f})", flush=True)

@@ -1,4 +1,4 @@
-"""The kernels compute what transformers and peft compute: LoRA's products, frozen weights, dropout."""
+"""The kernels compute what transformers and peft compute: LoRA's products and dropout."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from transformers import BertConfig, BertForTokenClassification
 from ner import kernels
 from ner.kernels.bert_layers import PackedLayers
 from ner.kernels.dropout import PredrawnDropout
-from ner.kernels.frozen import FrozenWeights
 from ner.kernels.lora import LoraProduct, fuse_lora_layer, is_lora
 from ner.precision import choose_dtype
 
@@ -87,44 +86,6 @@ def test_the_product_has_the_gradients_of_its_formula():
     plain = x @ weight.T + bias + 0.5 * (x @ a.T) @ b.T
     assert torch.allclose(LoraProduct.apply(x, weight, bias, a, b, 0.5), plain)
     assert torch.allclose(LoraProduct.apply(x, weight, None, a, b, 0.5), plain - bias)
-
-
-laid_out = pytest.mark.skipif(
-    not FrozenWeights.supports(torch.zeros(1)), reason="this CPU has no layout of its own for weights"
-)
-
-
-@laid_out
-def test_a_frozen_weight_gives_the_products_and_gradients_of_a_plain_one():
-    torch.manual_seed(0)
-    x, a, b = (torch.randn(s, requires_grad=True) for s in ((6, 6), (2, 6), (9, 2)))
-    weights, bias, dy = [torch.randn(n, 6) for n in (5, 4)], torch.randn(9), torch.randn(6, 9)
-    frozen = FrozenWeights()
-    assert frozen.update(weights, True)
-    for adapter in ((a, b, 0.5), (None, None, 1.0)):
-        found = []
-        for weight in (frozen, torch.cat(weights)):
-            y = LoraProduct.apply(x, weight, bias, *adapter)
-            found.append([y, *torch.autograd.grad(y, [t for t in (x, *adapter[:2]) if t is not None], dy)])
-        for ours, theirs in zip(*found, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
-@laid_out
-def test_a_frozen_weight_is_laid_out_once_and_anew_when_it_is_another():
-    frozen, x, weight = FrozenWeights(), torch.randn(2, 3), torch.randn(4, 3)
-    assert frozen.update([weight], True)
-    reordered = frozen._reordered
-    assert frozen.update([weight], True) and frozen._reordered is reordered
-    with torch.no_grad():
-        weight.add_(1)
-    assert frozen.update([weight], True)
-    torch.testing.assert_close(frozen.product(x, None), x @ weight.T)
-    other = torch.randn(4, 3)
-    assert frozen.update([other], True)
-    torch.testing.assert_close(frozen.product(x, None), x @ other.T)
-    assert not frozen.update([other, torch.randn(4, 3, requires_grad=True)], True)
-    assert not frozen.update([other.double()], True)
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}, {"bias": "all"}])

@@ -7,26 +7,14 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import TOLERANCE, distance, laid_out, with_adapters
+from test_kernels import TOLERANCE, distance, with_adapters
 from torch import nn
 
 from ner import kernels
 from ner.kernels import packing
 from ner.kernels.attention import Attention, attend
 from ner.kernels.dropout import PredrawnDropout
-from ner.kernels.frozen import FrozenWeights
 from ner.kernels.packing import PackedBatch
-
-
-@laid_out
-def test_only_weights_that_train_are_laid_out_for_each_product(monkeypatch):
-    calls, product = [], FrozenWeights.product
-    monkeypatch.setattr(FrozenWeights, "product", lambda self, *args: calls.append(self) or product(self, *args))
-    for tuned, expected in (("full", 0), ("lora", 12), ("some layers", 12)):
-        calls.clear()
-        gradients(pair(tuned=tuned)[1], *padded())
-        assert len(calls) == expected == len(set(calls)), tuned
-
 
 KINDS = {
     "bert": (transformers.BertConfig, transformers.BertForTokenClassification),
@@ -107,10 +95,8 @@ def packed(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("tuned", "laid_out"), [(name, True) for name in TUNED] + [("lora", False)])
-def test_the_stack_gives_the_plain_logits_and_every_gradient(tuned, laid_out, packed, monkeypatch):
-    if not laid_out:
-        monkeypatch.setattr(FrozenWeights, "supports", staticmethod(lambda weight: False))
+@pytest.mark.parametrize("tuned", TUNED)
+def test_the_stack_gives_the_plain_logits_and_every_gradient(tuned, packed):
     plain, quick = pair(tuned=tuned)
     (logits, grads), (logits2, grads2) = (gradients(model, *padded()) for model in (plain, quick))
     assert len(packed) == (tuned in STACKED)

@@ -8,7 +8,6 @@ from torch import nn
 
 from ner.kernels.attention import Attention
 from ner.kernels.dropout import dropout_mask
-from ner.kernels.frozen import FrozenWeights
 from ner.kernels.lora import LinearArguments, join_linears
 from ner.kernels.packing import PackedBatch
 
@@ -35,7 +34,6 @@ class PackedLayers:
     def __init__(self, encoder: Any):
         self.encoder = encoder
         self.transformers_forward = encoder.forward
-        self._frozen = [[FrozenWeights() for _ in range(4)] for _ in encoder.layer]
 
     @staticmethod
     def supports(module: Any) -> bool:
@@ -68,7 +66,7 @@ class PackedLayers:
     def _products(self) -> list[LayerProducts] | None:
         """Return the products of all layers; None where one is not of the plain kind or is being hooked."""
         products = []
-        for layer, frozen in zip(self.encoder.layer, self._frozen, strict=True):
+        for layer in self.encoder.layer:
             attention = layer.attention.self
             if layer._forward_hooks or attention._forward_hooks or layer.gradient_checkpointing:
                 return None
@@ -78,7 +76,7 @@ class PackedLayers:
                 [layer.intermediate.dense],
                 [layer.output.dense],
             )
-            joined = [join_linears(linears, own) for linears, own in zip(groups, frozen, strict=True)]
+            joined = [join_linears(linears) for linears in groups]
             plain = [arguments for arguments in joined if arguments is not None]
             if len(plain) < len(groups):
                 return None

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ner.kernels.frozen import FrozenWeights
-
 
 @dataclass(slots=True)
 class LinearArguments:
     """What a linear layer, or several that read the same input, compute with: x Wᵀ + b + s (x Aᵀ) Bᵀ."""
 
-    weight: torch.Tensor | FrozenWeights  # W [out, in]
+    weight: torch.Tensor  # W [out, in]
     bias: torch.Tensor | None  # b [out]
     down: torch.Tensor | None = None  # A [r, in]; None where no layer has an adapter
     up: torch.Tensor | None = None  # B [out, r]
@@ -31,36 +29,27 @@ class LinearArguments:
 class LoraProduct(torch.autograd.Function):
     """x Wᵀ + b + s (x Aᵀ) Bᵀ (LoRA, Hu et al. 2021, equation 3), all of one dtype.
 
-    x [rows, in], W [out, in] or FrozenWeights, b [out] or None, A [r, in] and B [out, r] or None, s a float.
+    x [rows, in], W [out, in], b [out] or None, A [r, in] and B [out, r] or None, s a float.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor | FrozenWeights,
+        weight: torch.Tensor,
         bias: torch.Tensor | None,
         down: torch.Tensor | None,
         up: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
         """Return the product and keep what its gradient needs."""
-        frozen = weight if isinstance(weight, FrozenWeights) else None
-        ctx.frozen, ctx.scale = frozen, scale
-        if isinstance(weight, FrozenWeights):
-            y = weight.product(x, bias)
-        elif bias is None:
-            y = x @ weight.t()
-        else:
-            y = torch.addmm(bias, x, weight.t())
+        ctx.scale = scale
+        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
         low = None
         if down is not None and up is not None:
-            down_t, up_t = down.t(), up.t()  # [in, r], [r, out]
-            if frozen:  # contiguous, so that oneDNN compiles one product for the forward and the backward pass
-                down_t, up_t = down_t.contiguous(), up_t.contiguous()
-            low = (x @ down_t).mul_(scale)  # [rows, r]
-            y.addmm_(low, up_t)
-        ctx.save_for_backward(x, low, None if frozen else weight, down, up)
+            low = (x @ down.t()).mul_(scale)  # [rows, r]
+            y.addmm_(low, up.t())
+        ctx.save_for_backward(x, low, weight, down, up)
         return y
 
     @staticmethod
@@ -74,7 +63,7 @@ class LoraProduct(torch.autograd.Function):
             ddown = dlow.t() @ x if needs_down else None
             dup = (low.t() @ dy).t() if needs_up else None  # faster than dyᵀ low
         if needs_x:
-            dx = ctx.frozen.product_of_gradient(dy) if ctx.frozen else dy @ weight
+            dx = dy @ weight
             if down is not None:
                 dx.addmm_(dlow, down)
         if needs_weight:
@@ -117,11 +106,10 @@ def plain_adapter(module: Any) -> Adapter | None:
     return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
 
 
-def join_linears(linears: list[Any], frozen: FrozenWeights) -> LinearArguments | None:
+def join_linears(linears: list[Any]) -> LinearArguments | None:
     """Return the arguments of linear layers that read the same input as one product; None where one is not plain.
 
     The outputs stand side by side: W, b and A are stacked, and B holds each layer's B on its diagonal.
-    `frozen` keeps the layout of their weights between calls.
     """
     adapters: list[Adapter | None] = []
     bases: list[nn.Linear] = []
@@ -135,8 +123,7 @@ def join_linears(linears: list[Any], frozen: FrozenWeights) -> LinearArguments |
     present = [adapter for adapter in adapters if adapter]
     if len({adapter.scale for adapter in present}) > 1 or len({base.bias is None for base in bases}) > 1:
         return None
-    weights = [base.weight for base in bases]
-    weight = frozen if frozen.update(weights, bool(present)) else _stack(weights)
+    weight = _stack([base.weight for base in bases])
     bias = None if bases[0].bias is None else _stack([base.bias for base in bases])
     if not present:
         return LinearArguments(weight, bias)
@@ -166,10 +153,10 @@ def fuse_lora_layer(module: Any) -> bool:
     """
     if plain_adapter(module) is None:
         return False
-    peft_forward, frozen = module.forward, FrozenWeights()
+    peft_forward = module.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        arguments = None if args or kwargs else join_linears([module], frozen)
+        arguments = None if args or kwargs else join_linears([module])
         if arguments is None:
             return peft_forward(x, *args, **kwargs)
         # Reshaped out here: some models change a layer's output in place, which is allowed on a view that autograd
