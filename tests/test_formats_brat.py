@@ -40,6 +40,13 @@ def test_lines_may_end_as_on_windows(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("character", ["\f", "\v", "\x1c", "\x85", "\u2028"])
+def test_only_line_ends_end_a_line(tmp_path, character):
+    entity = f"江{character}泽民"
+    corpus = formats.read(str(pair(tmp_path, f"{entity}在北京\n", f"T1\tPER 0 4\t{entity}\r\n") / "a.ann"))
+    assert [decoding.spans(s.tags) for s in corpus.sentences] == [[("PER", 0, 4)]]
+
+
 def test_a_folder_names_the_file_of_each_sentence(tmp_path):
     pair(tmp_path, name="a"), pair(tmp_path, "北京", "T1\tLOC 0 2\t北京\n", "b")
     (tmp_path / "c.txt").write_text("没有")
@@ -56,7 +63,8 @@ def test_a_text_without_annotations_beside_it_is_read_as_columns(tmp_path):
 @pytest.mark.parametrize("ann, what", [
     ("T1\tPER 0 99\t江泽民", "outside its text"), ("T1\tPER 3 3\t", "is empty"),
     ("T1\tPER 1 4\t江泽民", "the text there is '泽民在', not '江泽民'"), ("T1 PER 0 3 江泽民", "is no entity"),
-    ("T1\tPER x 3\t江", "is no entity"),
+    ("T1\tPER x 3\t江", "is no entity"), ("江 B-PER", "'江 B-PER' is no entity"), ("PER 0 3 江泽民", "is no entity"),
+    (f"T1\tPER 0 {'9' * 5000}\t江泽民", "is no entity"),
 ])  # fmt: skip
 def test_errors_name_file_and_line(tmp_path, ann, what):
     path = pair(tmp_path, ann=f"#1\tNote\n{ann}\n") / "a.ann"

@@ -13,7 +13,8 @@ from ner.errors import UserError
 from ner.formats.assembly import corpus_of_offsets, paint
 from ner.formats.source import Source, quote, read_text
 
-ENTITY_LINE = re.compile(r"T\S*\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)")
+ENTITY_LINE = re.compile(r"T\S*\t(\S+) (\d{1,12} \d{1,12}(?:;\d{1,12} \d{1,12})*)\t(.*)", re.DOTALL)
+OTHER_LINE = re.compile(r"(?:[A-Za-z]\d|[#*])\S*\t.*", re.DOTALL)  # relations, events, attributes, notes
 EXPECTED = "expected T1, a tab, type start end, a tab, the text: 'T1\\tPER 0 3\\t江泽民'"
 
 
@@ -67,8 +68,10 @@ def _document(annotation: Path, in_folder: bool) -> Document:
         raise UserError(f"{annotation}: the text it annotates is missing; expected {text_path.name} beside it")
     text = read_text(str(text_path))
     entities, in_parts = [], 0
-    for line_number, line in enumerate(read_text(str(annotation)).splitlines(), 1):
-        if line.startswith("T"):  # other lines are relations, events, attributes, notes
+    # Not splitlines(): a text may hold form feeds and other characters at which that would cut an entity in two.
+    for line_number, line in enumerate(read_text(str(annotation)).split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line.strip() and (line[0] == "T" or not OTHER_LINE.fullmatch(line)):
             spans = _spans(f"{annotation}:{line_number}", line, text)
             entities += spans if len(spans) == 1 else []
             in_parts += len(spans) > 1
