@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -192,7 +193,8 @@ def _tagged_texts(run: Path) -> list[list[str]]:
     file = run / "predictions.jsonl"
     if not file.is_file():
         return []
-    return [json.loads(line)["chars"] for line in file.read_text("utf-8").splitlines()[:SAMPLES]]
+    with file.open(encoding="utf-8") as lines:  # not splitlines(): JSON may hold U+2028 and U+0085 as they are
+        return [json.loads(line)["chars"] for line in islice(lines, SAMPLES)]
 
 
 def _samples(texts: list[list[str]], tokenizer: Any, meta: dict[str, Any]) -> list[Arrays]:

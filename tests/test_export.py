@@ -241,6 +241,13 @@ def test_a_finished_run_is_exported(learned, monkeypatch, caplog):
     assert isinstance(load(learned).tagger.engine, engines.OnnxEngine)
 
 
+def test_texts_that_it_is_calibrated_on_may_hold_any_character(tmp_path):
+    texts = [["江", "\u2028", "\x85", "\x1c", "\f", "泽"], ["民"]]
+    rows = "".join(json.dumps({"chars": chars}, ensure_ascii=False) + "\n" for chars in texts)
+    (tmp_path / "predictions.jsonl").write_text(rows, "utf-8")
+    assert export._tagged_texts(tmp_path) == texts
+
+
 def test_a_run_is_whole_without_an_onnx_file(learned, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("no such operator\nand a page about it")

@@ -62,6 +62,8 @@ def test_white_space_can_be_a_character(tmp_path):
     ("", 1, "the file is empty"), ("\n\r\n \t\n\u3000\n", 1, "the file is empty"), ("\ufeff", 1, "the file is empty"),
     ("北 O\n\n京\x00 O\n", 3, "NUL"),
     ("北京是中国的首都。\n", 1, "1 field"),
+    ("北,B-LOC\n京,I-LOC\n", 1, "of CSV the first line must name the columns, such as 'token,tag'"),
+    ("字;实体\n北;B-LOC\n", 1, "of CSV the first line must name the columns"),
     ("This is a text.\nIt has no tags at all.\n", 1, "4 fields where the file has 2"),
     ("北 O\n京 O\n".encode() + b"\xff\xfe O\n", 3, "byte 0xff"),
     ("北 O\n京 O\n人 O\n".encode().replace("京".encode(), b"\xe4\xba"), 2, "fits neither UTF-8 nor GB18030"),
@@ -149,7 +151,7 @@ def test_sentences_of_csv(tmp_path):
 
 
 @pytest.mark.parametrize("row, what", [
-    ("江,B-PER,x", "3 fields where the header has 2"), ("江", "1 fields where the header has 2"),
+    ("江,B-PER,x", "3 fields where the header has 2"), ("江", "1 field where the header has 2"),
     ("江,PER", "'PER' is no tag"), (",O", "no token in ',O'"), ('",O', "no line of CSV"), ("江,", "'' is no tag"),
 ])  # fmt: skip
 def test_errors_of_csv_name_file_and_line(tmp_path, row, what):

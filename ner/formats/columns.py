@@ -5,6 +5,7 @@ reads two million characters in about a second.
 """
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -45,6 +46,7 @@ SENTENCE_NAMES = {
     "句子编号",
 }
 DELIMITERS = ",\t;"
+CSV_LINE = re.compile(r"[^,;]+[,;][^,;].*")
 MEASURED_LINES = 1000  # the number of columns is that of most of these
 
 
@@ -100,11 +102,16 @@ def _parse(place: str, line: str, columns: int) -> tuple[str, str] | None:
     if columns > 2 and fields[0] == "#" and not is_tag(fields[-1]):  # a comment
         return None
     if len(fields) != columns:
-        plural = "s" if len(fields) > 1 else ""
-        raise UserError(f"{place}: {len(fields)} field{plural} where the file has {columns}: {quote(line)}; {EXPECTED}")
+        is_csv = len(fields) == 1 and CSV_LINE.fullmatch(fields[0])
+        expected = "of CSV the first line must name the columns, such as 'token,tag'" if is_csv else EXPECTED
+        raise UserError(f"{place}: {_counted(fields)} where the file has {columns}: {quote(line)}; {expected}")
     if not is_tag(fields[-1]):
         raise no_tag(place, fields[-1])
     return fields[0], fields[-1]
+
+
+def _counted(fields: list[str]) -> str:
+    return f"{len(fields)} field{'s' if len(fields) != 1 else ''}"
 
 
 class Header(NamedTuple):
@@ -173,7 +180,7 @@ def _row(place: str, line: str, header: Header) -> list[str] | None:
         return None
     row = _split(place, line, header.delimiter)
     if len(row) != header.columns:
-        raise UserError(f"{place}: {len(row)} fields where the header has {header.columns}: {quote(line)}")
+        raise UserError(f"{place}: {_counted(row)} where the header has {header.columns}: {quote(line)}")
     if not row[header.token]:
         raise UserError(f"{place}: no token in {quote(line)}; expected one in column {header.token + 1}")
     row[header.tag] = row[header.tag].strip()
