@@ -226,6 +226,10 @@ def labelled(content, **value):
     ({"data": {"text": "abc"}, "annotations": [{}]}, 'no "result"'),
     ({"data": {"text": "abc"}, "annotations": {}}, "is no list of annotations"),
     ({"data": {"a": "x", "b": "y"}, "annotations": []}, 'no "text"'),
+    (labelled("abc", start=0, end=2, labels=""), "is no entity"),
+    ({"data": {"text": "abc"}, "annotations": [], "predictions": []}, "none of its 1 tasks has an annotation"),
+    ({"data": {"text": "abc"}, "annotations": [{"was_cancelled": True, "result": []}]}, "none of its 1 tasks"),
+    ({"data": {"text": ""}, "annotations": [{"result": []}]}, "no sentence in it; expected texts"),
 ])  # fmt: skip
 def test_errors_of_tasks(tmp_path, task, what):
     with pytest.raises(UserError, match=r"project-1.json:1: ") as caught:
@@ -239,8 +243,9 @@ def test_html_has_its_offsets_beside_the_paths(tmp_path):
     assert corpus.sentences[0].tags[:4] == TAGS[:4]
 
 
-def test_a_span_that_was_given_no_label_is_counted(tmp_path):
-    items = [*result(), {"type": "labels", "value": {"start": 0, "end": 2, "text": TEXT[:2]}}]
+@pytest.mark.parametrize("labels", [{}, {"labels": []}])
+def test_a_span_that_was_given_no_label_is_counted(tmp_path, labels):
+    items = [*result(), {"type": "labels", "value": {"start": 0, "end": 2, "text": TEXT[:2]} | labels}]
     corpus = read_tasks(tmp_path, {"data": {"text": TEXT}, "annotations": [{"result": items}]})
     assert corpus.sentences[0].tags == TAGS and corpus.notes == [f"{corpus.path}: spans without a label, left out: 1"]
 

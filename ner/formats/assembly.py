@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from ner.corpus import Corpus, Sentence
 from ner.errors import UserError
 from ner.formats.schemes import to_iob2
-from ner.formats.source import EXPECTED
+from ner.formats.source import EXPECTED, HELP
 
 WORD_SHARE = 0.2  # of the tokens: with more words (tokens of several characters) than that, words are the unit
 # Chinese and Japanese are written without spaces: a text to be tagged marks no words, so none may be trained on.
@@ -66,9 +66,12 @@ def _spread_over_characters(corpus: Corpus, words: int) -> None:
 
 
 def corpus_of_offsets(path: str, sentences: list[Sentence], skipped: int, notes: Iterable[str] = ()) -> Corpus:
-    """Return the corpus of texts whose entities were given by offsets, and have become IOB2 tags already."""
+    """Return the corpus of texts whose entities were given by offsets, and have become IOB2 tags already.
+
+    Raises UserError where there is no sentence.
+    """
     if not sentences:
-        raise UserError(f"{path}:1: no sentence in it; {EXPECTED}")
+        raise UserError(f"{path}:1: no sentence in it; expected texts and the offsets of their entities ({HELP})")
     return Corpus(path, sentences, "offsets", skipped=skipped, unit_per_line=False, notes=list(notes))
 
 

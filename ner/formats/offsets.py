@@ -82,6 +82,11 @@ def read(source: Source) -> Corpus:
         skipped += overlapping
         if record.text:
             sentences.append(Sentence(list(record.text), tags, line))
+    if notes["unlabelled"] and not sentences:
+        raise UserError(
+            f"{source.path}:1: none of its {notes['unlabelled']:,} tasks has an annotation; annotate some, then export "
+            "the project again as JSON"
+        )
     told = [f"{source.path}: {NOTES[note].format(count=count)}" for note, count in notes.items() if count]
     return corpus_of_offsets(source.path, sentences, skipped, told)
 
@@ -190,7 +195,7 @@ def _task(text: str, task: dict) -> Record | None:
         value = item.get("value") if isinstance(item, dict) else None
         if not isinstance(value, dict):  # a relation
             continue
-        if "labels" in value or "hypertextlabels" in value:
+        if any(value.get(name, []) != [] for name in ("labels", "hypertextlabels")):
             entities += _entities(value)
         elif "start" in value:  # no choice for the whole text, but a span
             notes.append("unnamed")

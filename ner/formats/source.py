@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ner.errors import UserError
 
-EXPECTED = "expected a character and its tag on each line, such as '北 B-LOC' (see data/README.md)"
+HELP = "see data/README.md"
+EXPECTED = f"expected a character and its tag on each line, such as '北 B-LOC' ({HELP})"
 BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
 
 
