@@ -4,6 +4,7 @@ Processes are forked from a server that has imported everything already and run 
 """
 
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -48,13 +49,49 @@ def argv(output, **keys) -> list[str]:
     here = world()
     settings = {"train": here / "train", "dev": here / "dev", "test": here / "test", "pretrained": here / "encoder",
                 "output": output, "run": "run", "tuning": "full", "learning_rate": 5e-3, "epochs": 2, "max_length": 64,
-                "precision": "fp32", "export": "none", "head": "softmax",
+                "precision": "fp32", "export": "none", "head": "softmax", "checkpoint_minutes": 600,
                 "kernels": os.environ.get("NER_TEST_KERNELS", "auto")} | keys  # fmt: skip
     return [
         part
         for key, value in settings.items()
         for part in (f"--{key.replace('lora_', 'lora.')}", "null" if value is None else str(value))
     ]
+
+
+def metrics(run) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def untimed_metrics(run) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    timed = ("seconds", "tokens_per_second")
+    return [{key: value for key, value in line.items() if key not in timed} for line in metrics(run)]
+
+
+def log(run) -> str:
+    """What train.log holds."""
+    return (run / "train.log").read_text("utf-8")
+
+
+def exit_code(*arguments) -> int:
+    """What main.py, run in this process, exits with."""
+    import main
+
+    try:
+        main.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line with which main.py, run in this process, refuses these arguments."""
+    capsys.readouterr()
+    assert exit_code(*arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text
 
 
 class Process:

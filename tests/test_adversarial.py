@@ -1,7 +1,5 @@
 """The fast gradient method: how embeddings are moved, with trained and with frozen ones, with every kind of tuning."""
 
-import json
-
 import pytest
 import runs
 import torch
@@ -150,7 +148,6 @@ def test_runs_train_by_it(tmp_path, keys):
     losses = {}
     for adversarial in ("none", "fgm"):
         main.main(runs.argv(tmp_path / adversarial, adversarial=adversarial, **keys))
-        lines = (tmp_path / adversarial / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
-        losses[adversarial] = [json.loads(line)["train_loss"] for line in lines]
+        losses[adversarial] = [line["train_loss"] for line in runs.metrics(tmp_path / adversarial / "run")]
     assert losses["fgm"][1] < losses["fgm"][0]
     assert losses["fgm"] != losses["none"]

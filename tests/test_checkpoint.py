@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import runs
+from runs import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -38,17 +39,10 @@ def rewrite(run, change) -> None:
     save_file(load_file(path), path, metadata)
 
 
-def refused(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as end:
-        main.main(list(map(str, arguments)))
-    text = capsys.readouterr().err
-    assert end.value.code == 2 and text.startswith("error: /") and text.count("\n") == 1, text
-    return text
-
-
 def test_a_newer_format_is_said_to_be_newer(run, capsys):
     rewrite(run, lambda metadata: metadata.update(format=str(checkpoint.FORMAT + 1)))
-    assert "newer version" in refused(capsys, "--resume", run)
+    text = refused(capsys, "--resume", run)
+    assert text.startswith(f"error: {run / checkpoint.FILE}: ") and "newer version" in text
 
 
 def test_a_checkpoint_without_a_version_is_of_the_first_one(run):

@@ -177,7 +177,7 @@ def test_a_run_trains_saves_scores_and_tags_with_it(tmp_path, keys, capsys):
     run = tmp_path / "run"
     scores = json.loads((run / "test.json").read_text("utf-8"))
     assert scores["micro"]["f1"] > 0.5
-    losses = [json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [line["train_loss"] for line in runs.metrics(run)]
     assert losses == sorted(losses, reverse=True)
     capsys.readouterr()
     evaluate.main(["--run", str(run), "--json", "-"])

@@ -26,16 +26,6 @@ ENCODERS = [config.ROOT / "data" / "encoder"]
 NER_DATA = config.ROOT.parent / "shared" / "ner_data" / "train"
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return tiny.encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def run(encoder, tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("lora") / "run", encoder)
-
-
 @pytest.mark.parametrize("tuning", ["lora", "dora", "adalora", "ia3", "full", "freeze"])
 def test_a_merged_folder_computes_the_same_without_peft(encoder, tmp_path, tuning):
     from transformers import AutoModelForTokenClassification
@@ -72,7 +62,7 @@ def test_the_pipeline_on_a_merged_folder_finds_what_predict_finds(tmp_path, spec
     assert piped(tmp_path / "merged", texts) == wanted
 
 
-def test_what_cannot_be_merged_says_so(encoder, tmp_path, run):
+def test_what_cannot_be_merged_says_so(encoder, tmp_path, lora_run):
     virtual = run_of(tmp_path / "prompt", encoder, "--tuning", "prompt")
     with pytest.raises(UserError, match="tuning prompt cannot be merged"):
         export.merge(virtual, tmp_path / "merged")
@@ -82,13 +72,13 @@ def test_what_cannot_be_merged_says_so(encoder, tmp_path, run):
     (tmp_path / "full" / "a").touch()
     for done in (export.merge, export.export):
         with pytest.raises(UserError, match="already exists"):
-            done(run, tmp_path / "full")
+            done(lora_run, tmp_path / "full")
     with pytest.raises(UserError, match="no saved model"):
         export.merge(tmp_path, tmp_path / "merged")
 
 
-def test_onnx_files_run_without_torch_and_agree_with_it(run, tmp_path):
-    exact, int8 = export.export(run, tmp_path / "onnx", int8=True)
+def test_onnx_files_run_without_torch_and_agree_with_it(lora_run, tmp_path):
+    exact, int8 = export.export(lora_run, tmp_path / "onnx", int8=True)
     assert (exact.file, int8.file) == ("model.onnx", "model_int8.onnx")
     assert exact.largest_logit_error < 1e-4 and exact.same_tags == 1
     assert int8.same_tags > 0.8 and int8.bytes < exact.bytes
@@ -107,27 +97,27 @@ print(json.dumps([labels[row.argmax()] for row in logits]), "torch" in sys.modul
     argv = [sys.executable, "-c", code, str(tmp_path / "onnx"), TEXTS[0]]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    network, tokenizer, _ = saved_model.load(run)
+    network, tokenizer, _ = saved_model.load(lora_run)
     with torch.no_grad():
         rows = network(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0].argmax(-1).tolist()
     assert done.stdout == json.dumps([LABELS[row] for row in rows]) + " False\n"
 
 
-def test_an_onnx_file_that_computes_something_else_is_not_kept(run, tmp_path, monkeypatch):
+def test_an_onnx_file_that_computes_something_else_is_not_kept(lora_run, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_writer, "LARGEST_ERROR", 0.0)
     with pytest.raises(UserError, match="differ from PyTorch's"):
-        export.export(run, tmp_path / "onnx")
+        export.export(lora_run, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
-def test_export_says_what_it_needs(run, tmp_path, monkeypatch):
+def test_export_says_what_it_needs(lora_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install onnx onnxruntime"):
-        export.export(run, tmp_path / "x")
+        export.export(lora_run, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-def test_the_command(run, tmp_path, capsys):
+def test_the_command(lora_run, tmp_path, capsys):
     def command(*argv):
         try:
             model_command.main(list(map(str, argv)))
@@ -135,16 +125,16 @@ def test_the_command(run, tmp_path, capsys):
             return ended.code, capsys.readouterr()
         return 0, capsys.readouterr()
 
-    code, said = command("merge", run, tmp_path / "merged")
+    code, said = command("merge", lora_run, tmp_path / "merged")
     assert code == 0 and said.out == f"merged: {tmp_path / 'merged'}\n"
-    code, said = command("merge", run, tmp_path / "merged")
+    code, said = command("merge", lora_run, tmp_path / "merged")
     assert code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
-    code, said = command("export", run, tmp_path / "onnx", "--format", "onnx")
+    code, said = command("export", lora_run, tmp_path / "onnx", "--format", "onnx")
     assert code == 0 and "100.00% of the tags as PyTorch's" in said.out
-    assert command("mrege", run, tmp_path / "x")[0] == 2
-    assert command("export", run, tmp_path / "x", "--format", "tflite")[0] == 2
+    assert command("mrege", lora_run, tmp_path / "x")[0] == 2
+    assert command("export", lora_run, tmp_path / "x", "--format", "tflite")[0] == 2
     (tmp_path / "file").touch()
-    code, said = command("merge", run, tmp_path / "file" / "below")
+    code, said = command("merge", lora_run, tmp_path / "file" / "below")
     assert code == 2 and "cannot be written" in said.err
 
 

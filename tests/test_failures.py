@@ -1,10 +1,8 @@
-"""Failing surroundings: full disks, folders that go away, losses that are not finite, memory that does not suffice."""
+"""Disks that are full and folders that go away or cannot be made: nothing is lost, and what is wrong is named."""
 
 import contextlib
 import importlib
-import json
 import logging
-import math
 import resource
 import shutil
 import signal
@@ -13,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import runs
-import torch
+from runs import exit_code, untimed_metrics
 from safetensors.torch import load_file
 
 import main
-from ner import checkpoint, losses, saved_model
+from ner import checkpoint, saved_model
 from ner import run as folder
 from ner import scores as scoring
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,23 +53,6 @@ def failing(real, which):
     return wrapped
 
 
-def ended(arguments) -> int:
-    try:
-        main.main(arguments)
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def lines(run):
-    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in read]
-
-
-def log(run) -> str:
-    return (run / "train.log").read_text("utf-8")
-
-
 @pytest.fixture
 def graded(monkeypatch):
     """Dev scores as if the second epoch were the best of four."""
@@ -91,11 +74,12 @@ def test_one_full_disk_is_survived_and_nothing_is_lost(tmp_path, monkeypatch, gr
     main.main(runs.argv(tmp_path, run="whole", epochs=4))
     with monkeypatch.context() as patched:
         patched.setattr(where, name, failing(getattr(where, name), {2}))
-        assert ended(runs.argv(tmp_path, epochs=4)) == 0
+        assert exit_code(*runs.argv(tmp_path, epochs=4)) == 0
     run, whole = tmp_path / "run", tmp_path / "whole"
-    warnings = [line for line in log(run).splitlines() if "WARNING" in line and "cannot be written" in line]
+    warnings = [line for line in runs.log(run).splitlines() if "WARNING" in line and "cannot be written" in line]
     assert len(warnings) == 1 and str(run) in warnings[0]
-    assert lines(run) == lines(whole) and max(range(4), key=lambda i: lines(run)[i]["dev"]["micro"]["f1"]) == 1
+    epochs = untimed_metrics(run)
+    assert epochs == untimed_metrics(whole) and max(range(4), key=lambda i: epochs[i]["dev"]["micro"]["f1"]) == 1
     for file in ("model/model.safetensors", "checkpoint/state.safetensors"):
         ours, theirs = load_file(run / file), load_file(whole / file)
         assert all(ours[key].equal(theirs[key]) for key in ours | theirs)
@@ -105,17 +89,17 @@ def test_a_disk_that_stays_full_ends_the_run_and_the_last_checkpoint_is_whole(tm
     main.main(runs.argv(tmp_path, run="whole", epochs=4))
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save", failing(checkpoint.save, {2, 3}))
-        assert ended(runs.argv(tmp_path, epochs=4)) == 2
+        assert exit_code(*runs.argv(tmp_path, epochs=4)) == 2
     run, text = tmp_path / "run", capsys.readouterr().err
     assert text.startswith(f"error: {run}") and "second time" in text and text.count("\n") == 1
     assert checkpoint.load(run)[1].epoch == 1
-    assert ended(["--resume", str(run)]) == 0
-    assert lines(run) == lines(tmp_path / "whole"), "what was whole goes on once there is room"
+    assert exit_code("--resume", run) == 0
+    assert untimed_metrics(run) == untimed_metrics(tmp_path / "whole"), "what was whole goes on once there is room"
 
 
 def test_curves_that_can_never_be_written_end_the_run_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "write_text", failing(checkpoint.write_text, range(100)))
-    assert ended(runs.argv(tmp_path, epochs=4)) == 2
+    assert exit_code(*runs.argv(tmp_path, epochs=4)) == 2
     assert "metrics.jsonl" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "run")[1].epoch == 2, "what could be written was"
 
@@ -123,7 +107,7 @@ def test_curves_that_can_never_be_written_end_the_run_too(tmp_path, monkeypatch,
 @pytest.mark.parametrize(("which", "code"), [({2}, 0), ({2, 3}, 2)])
 def test_after_the_last_epoch_it_is_tried_once_more(tmp_path, monkeypatch, which, code):
     monkeypatch.setattr(checkpoint, "save", failing(checkpoint.save, which))
-    assert ended(runs.argv(tmp_path, epochs=2)) == code
+    assert exit_code(*runs.argv(tmp_path, epochs=2)) == code
     assert (tmp_path / "run" / "test.json").exists() == (code == 0)
 
 
@@ -139,7 +123,7 @@ def test_a_folder_that_goes_away_in_mid_run_is_named(tmp_path, monkeypatch, caps
         real(self, progress, is_best)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
-    assert ended(runs.argv(tmp_path, epochs=4)) == 2
+    assert exit_code(*runs.argv(tmp_path, epochs=4)) == 2
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {run}") and output.err.count("\n") == 1
     assert "tries again at the next checkpoint" in output.out
@@ -149,7 +133,7 @@ def test_a_folder_that_goes_away_in_mid_run_is_named(tmp_path, monkeypatch, caps
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
     handler = logging.FileHandler
     monkeypatch.setattr(logging, "FileHandler", lambda path, **keys: handler("/dev/full", **keys))
-    assert ended(runs.argv(tmp_path)) == 0
+    assert exit_code(*runs.argv(tmp_path)) == 0
     assert (tmp_path / "run" / "test.json").exists()
 
 
@@ -157,134 +141,15 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
 def test_an_output_folder_that_cannot_be_made_is_named_at_once(tmp_path, capsys, output):
     (tmp_path / "file").write_text("")
     output = tmp_path / output
-    assert ended(runs.argv(output)) == 2
+    assert exit_code(*runs.argv(output)) == 2
     text = capsys.readouterr().err
     assert text.startswith(f"error: {output}") and "--output" in text and text.count("\n") == 1
 
 
-def test_train_without_an_entity_is_refused_before_training(tmp_path, capsys):
-    (tmp_path / "train").write_text("北 O\n京 O\n\n好 O\n", "utf-8")
-    assert ended(runs.argv(tmp_path / "out", train=tmp_path / "train")) == 2
-    text = capsys.readouterr().err
-    assert "no entity" in text and str(tmp_path / "train") in text and text.count("\n") == 1
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_train_that_lost_its_entities_is_refused_when_the_run_goes_on(tmp_path, capsys):
-    (tmp_path / "train").write_text("北 B-LOC\n京 I-LOC\n\n好 O\n", "utf-8")
-    assert ended(runs.argv(tmp_path, train=tmp_path / "train", epochs=1)) == 0
-    (tmp_path / "train").write_text("北 O\n京 O\n\n好 O\n", "utf-8")
-    capsys.readouterr()
-    assert ended(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 2
-    assert "no entity" in capsys.readouterr().err
-
-
-def test_a_float16_step_that_overflows_is_left_out_whole(tmp_path, monkeypatch):
-    """Neither the average nor AdaLoRA's scores take part in it, and the scale is halved."""
-    from ner import adalora
-    from ner.optimizer import Optimizer
-
-    steps, judged, averaged = [], [], []
-
-    def step(self, rate, max_norm, real=Optimizer.step):
-        steps.append(1)
-        if len(steps) == 3:
-            next(iter(self.weights.values())).grad.fill_(math.inf)
-        return real(self, rate, max_norm)
-
-    def after_step(model, step, *rest, real=adalora.after_step):
-        judged.append(step)
-        real(model, step, *rest)
-
-    def average(self, step, real=Optimizer.average):
-        averaged.append(step)
-        real(self, step)
-
-    monkeypatch.setattr(Optimizer, "step", step)
-    monkeypatch.setattr(Optimizer, "average", average)
-    monkeypatch.setattr(adalora, "after_step", after_step)
-    assert ended(runs.argv(tmp_path, tuning="adalora", precision="fp16", epochs=1, learning_rate=1e-3)) == 0
-    assert judged == averaged and 3 not in judged and judged[-1] == 13
-    tensors, progress = checkpoint.load(tmp_path / "run")
-    assert progress.scale < 2.0**16 and all(tensor.isfinite().all() for tensor in tensors.values())
-
-
 def test_a_run_that_never_began_leaves_no_folder(tmp_path, capsys):
-    assert ended(runs.argv(tmp_path / "out", train=tmp_path / "missing")) == 2
-    assert ended(runs.argv(tmp_path / "out", pretrained=tmp_path)) == 2
+    assert exit_code(*runs.argv(tmp_path / "out", train=tmp_path / "missing")) == 2
+    assert exit_code(*runs.argv(tmp_path / "out", pretrained=tmp_path)) == 2
     assert not list((tmp_path / "out").iterdir())
-
-
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_what_is_not_finite_ends_the_run_with_all_that_is_needed(tmp_path, monkeypatch, capsys, kind):
-    calls = []
-
-    def token_loss(logits, labels, real=losses.token_loss, **keys):
-        loss = real(logits, labels, **keys)
-        calls.append(1)
-        if len(calls) == 16:  # the third step of the second epoch
-            if kind == "loss":
-                return loss * math.nan
-            logits.register_hook(lambda gradient: gradient * math.inf)
-        return loss
-
-    monkeypatch.setattr(losses, "token_loss", token_loss)
-    assert ended(runs.argv(tmp_path, max_train_sentences=200, warmup_ratio=0)) == 2
-    text, run = capsys.readouterr().err, tmp_path / "run"
-    assert "epoch 2, step 3" in text and text.count("\n") == 1
-    assert f"learning rate {5e-3 * 11 / 26:g}" in text
-    named = [int(number) for number in text.partition(" lines ")[2].partition(";")[0].split(", ")]
-    blocks = (runs.world() / "train").read_text("utf-8").split("\n")
-    assert 1 <= len(named) <= 16 and all(number == 1 or blocks[number - 2] == "" for number in named)
-    assert text.removeprefix("error: ").strip() in log(run), "the log has it too"
-    assert checkpoint.load(run)[1].epoch == 1
-    assert all(tensor.isfinite().all() for tensor in checkpoint.load(run)[0].values())
-
-
-def test_a_learning_rate_from_another_world_is_caught(tmp_path, capsys):
-    assert ended(runs.argv(tmp_path, learning_rate=1e30, max_grad_norm=1e30)) == 2
-    text = capsys.readouterr().err
-    assert "is not finite" in text or "learning rate" in text and "e+" in text
-    assert not (tmp_path / "run" / "test.json").exists()
-
-
-def scarce(limit):
-    """Return the loss of a device that has memory for `limit` windows."""
-
-    def token_loss(logits, labels, real=losses.token_loss, **keys):
-        if len(labels) > limit:
-            real(logits, labels, **keys).backward()  # half a gradient is there already when memory runs out
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(logits, labels, **keys)
-
-    return token_loss
-
-
-def test_out_of_memory_halves_the_batch_and_computes_the_same(tmp_path, monkeypatch):
-    main.main(runs.argv(tmp_path, run="whole", dropout=0))
-    monkeypatch.setattr(losses, "token_loss", scarce(5))
-    assert ended(runs.argv(tmp_path, dropout=0)) == 0
-    said = [line for line in log(tmp_path / "run").splitlines() if "out of memory" in line]
-    assert len(said) == 2 and "16 windows x" in said[0] and "is 8 windows" in said[0] and "is 4 windows" in said[1]
-    for ours, theirs in zip(lines(tmp_path / "run"), lines(tmp_path / "whole"), strict=True):
-        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-        assert ours["dev_loss"] == pytest.approx(theirs["dev_loss"], rel=1e-3)
-    assert checkpoint.load(tmp_path / "run")[1].micro_batch == 4, "a resumed run remembers"
-
-
-def test_no_memory_for_a_single_window_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(losses, "token_loss", scarce(0))
-    assert ended(runs.argv(tmp_path)) == 2
-    assert "out of memory on one window of" in capsys.readouterr().err
-
-
-def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
-    def token_loss(*_, **__):
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(losses, "token_loss", token_loss)
-    with pytest.raises(RuntimeError, match="something else"):
-        main.main(runs.argv(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["same", None])
@@ -308,8 +173,8 @@ def test_two_runs_of_one_name_share_nothing(tmp_path):
     assert [process.wait() for process in both] == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-2"]
     for run in tmp_path.iterdir():
-        assert log(run).count("epoch 1 begin") == 1 and (run / "test.json").exists()
-    assert lines(tmp_path / "run") != lines(tmp_path / "run-2")
+        assert runs.log(run).count("epoch 1 begin") == 1 and (run / "test.json").exists()
+    assert untimed_metrics(tmp_path / "run") != untimed_metrics(tmp_path / "run-2")
 
 
 @pytest.mark.parametrize(("room", "name"), [("ner.report", "write"), ("ner.card", "write_card")])
@@ -318,5 +183,5 @@ def test_a_report_or_a_card_that_fails_loses_no_run(tmp_path, monkeypatch, room,
         raise ValueError("no page today")
 
     monkeypatch.setattr(importlib.import_module(room), name, write)
-    assert ended(runs.argv(tmp_path)) == 0
-    assert "no page today" in log(tmp_path / "run") and (tmp_path / "run" / "test.json").exists()
+    assert exit_code(*runs.argv(tmp_path)) == 0
+    assert "no page today" in runs.log(tmp_path / "run") and (tmp_path / "run" / "test.json").exists()

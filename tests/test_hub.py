@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import tiny
 from made_run import TEXTS, piped, run_of, tagged, without_scores
 
 from ner import config
@@ -19,16 +18,6 @@ from ner import hub as model_hub
 from ner.errors import UserError
 
 COMMIT = "a" * 40
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return tiny.encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def run(encoder, tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("lora") / "run", encoder)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -96,14 +85,14 @@ def lay_out(files, folder):
     return folder
 
 
-def test_an_adapter_of_a_local_encoder_goes_up_merged_and_comes_down_by_name(run, hub, tmp_path):
-    assert model_hub.push(run, "me/it") == f"{hub.endpoint}/me/it"
+def test_an_adapter_of_a_local_encoder_goes_up_merged_and_comes_down_by_name(lora_run, hub, tmp_path):
+    assert model_hub.push(lora_run, "me/it") == f"{hub.endpoint}/me/it"
     assert {"README.md", "config.json", "model.safetensors", "ner.json", "tokenizer.json"} <= set(hub.files)
     assert not [name for name in hub.files if "adapter" in name or "/" in name]
-    assert not [name for name, data in hub.files.items() if str(run).encode() in data], "no folder of this machine"
+    assert not [name for name, data in hub.files.items() if str(lora_run).encode() in data], "no folder of this machine"
     assert b'library_name: "transformers"' in hub.files["README.md"] and b"With transformers" in hub.files["README.md"]
     down = lay_out(hub.files, tmp_path / "down")
-    wanted = tagged(run / "model", TEXTS)
+    wanted = tagged(lora_run / "model", TEXTS)
     assert piped(down, TEXTS) == wanted
     assert without_scores(tagged(down, TEXTS)) == without_scores(wanted)
     # as an encoder for the next one, by its name: from the hub, then from its cache with no hub at all
@@ -136,8 +125,8 @@ def test_virtual_tokens_go_up_with_their_encoder(encoder, hub, tmp_path):
     assert without_scores(tagged(down, TEXTS)) == without_scores(wanted)
 
 
-def test_an_adapter_of_a_hub_encoder_goes_up_alone(run, hub, tmp_path):
-    made = Path(shutil.copytree(run, tmp_path / "run"))
+def test_an_adapter_of_a_hub_encoder_goes_up_alone(lora_run, hub, tmp_path):
+    made = Path(shutil.copytree(lora_run, tmp_path / "run"))
     meta = json.loads((made / "model" / "ner.json").read_text())
     (made / "model" / "ner.json").write_text(json.dumps(meta | {"pretrained": "you/encoder"}))
     model_hub.push(made, "me/it")
@@ -146,12 +135,12 @@ def test_an_adapter_of_a_hub_encoder_goes_up_alone(run, hub, tmp_path):
     assert b'base_model: "you/encoder"' in hub.files["README.md"]
 
 
-def test_uploads_that_fail_are_one_line(run, hub, monkeypatch):
+def test_uploads_that_fail_are_one_line(lora_run, hub, monkeypatch):
     from huggingface_hub import constants
 
     def fails():
         with pytest.raises(UserError) as caught:
-            model_hub.push(run, "me/it")
+            model_hub.push(lora_run, "me/it")
         assert "--push_to_hub me/it" in str(caught.value) and "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -163,4 +152,4 @@ def test_uploads_that_fail_are_one_line(run, hub, monkeypatch):
     assert "hf auth login" in fails()
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 did not take it" in fails() and (run / "model").is_dir()
+    assert "http://127.0.0.1:9 did not take it" in fails() and (lora_run / "model").is_dir()

@@ -76,4 +76,4 @@ def test_a_run_trains_by_the_loss_that_the_config_names(tmp_path, keys):
 def last_loss(output, **keys):
     """Train a run; return the mean loss of its last epoch."""
     main.main(runs.argv(output, epochs=3, **keys))
-    return json.loads((output / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])["train_loss"]
+    return runs.metrics(output / "run")[-1]["train_loss"]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import runs
+from runs import metrics, untimed_metrics
 from safetensors.torch import load_file
 
 import main
@@ -29,17 +30,6 @@ def pair(arguments) -> list[runs.Process]:
 
 def ended(processes) -> list[int]:
     return [process.wait() for process in processes]
-
-
-def metrics(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
-def lines(run):
-    return [
-        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")}
-        for line in metrics(run)
-    ]
 
 
 def assert_alike(run, other):
@@ -82,7 +72,7 @@ def test_two_processes_learn_the_same_transitions_of_a_crf(tmp_path):
 def test_only_the_first_writes(two):
     output, (first, second) = two
     assert [path.name for path in output.iterdir()] == ["run"]
-    log = (output / "run" / "train.log").read_text("utf-8")
+    log = runs.log(output / "run")
     assert [log.count(f"epoch {number} begin") for number in (1, 2, 3)] == [1, 1, 1] and "2 process(es)" in log
     assert log in first and " - __main__ - " not in second
 
@@ -119,7 +109,7 @@ def test_two_killed_processes_go_on_bit_for_bit(two, tmp_path):
     assert not (run / "test.json").exists()
     both = pair(["--resume", run])
     assert ended(both) == [0, 0], both[0].output + both[1].output
-    assert lines(run) == lines(two[0] / "run")
+    assert untimed_metrics(run) == untimed_metrics(two[0] / "run")
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, two[0] / "run"))
     assert all(ours[key].equal(theirs[key]) for key in ours | theirs)
 
@@ -127,13 +117,11 @@ def test_two_killed_processes_go_on_bit_for_bit(two, tmp_path):
 def test_a_signal_to_one_stops_both_after_the_same_step(two, tmp_path):
     run = tmp_path / "run"
     both = pair(runs.argv(tmp_path, dropout=0, epochs=3, batch_size=8))
-    runs.until(
-        lambda: (run / "train.log").exists() and "epoch 2 begin" in (run / "train.log").read_text("utf-8"), both[0]
-    )
+    runs.until(lambda: (run / "train.log").exists() and "epoch 2 begin" in runs.log(run), both[0])
     both[1].send(signal.SIGINT)
     assert ended(both) == [130, 130] and "--resume" in both[0].output
     assert ended(pair(["--resume", run])) == [0, 0]
-    assert lines(run) == lines(two[0] / "run")
+    assert untimed_metrics(run) == untimed_metrics(two[0] / "run")
 
 
 def test_dropout_differs_between_processes(tmp_path):
@@ -167,7 +155,7 @@ def test_the_launchers_commands_do_it(two, tmp_path, launcher):
     done = subprocess.run(command, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = tmp_path.iterdir()
-    assert lines(run) == lines(two[0] / "run")
+    assert untimed_metrics(run) == untimed_metrics(two[0] / "run")
 
 
 @pytest.mark.parametrize(
