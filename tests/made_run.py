@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ner import config, decoding, model, saved_model
+from ner.predictor import Predictor
 from ner.tagging import Tagger
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
@@ -48,9 +49,7 @@ def run_of(folder: Path, encoder: Path, *argv: str) -> Path:
 
 def tagged(folder: Path, texts: list[str]) -> list:
     """The entities that predict.py finds, in float32 whatever the device does fastest."""
-    import predict
-
-    found = predict.Predictor(Tagger(*saved_model.load(folder))).predict(texts)
+    found = Predictor(Tagger(*saved_model.load(folder))).predict(texts)
     return [[(one.type, one.start, one.end, pytest.approx(one.score, abs=1e-4)) for one in row] for row in found]
 
 
