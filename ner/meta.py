@@ -74,7 +74,8 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     transitions = meta.pop("transitions", None)
     (folder / "ner.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
     if transitions is not None:
-        safetensors.numpy.save_file({"transitions": np.ascontiguousarray(transitions, np.float32)}, folder / CRF_FILE)
+        content = safetensors.numpy.save({"transitions": np.ascontiguousarray(transitions, np.float32)})
+        (folder / CRF_FILE).write_bytes(content)  # save_file would make it readable by its owner alone
 
 
 def _check_format(file: Path, meta: dict[str, Any]) -> None:

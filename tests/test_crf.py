@@ -129,6 +129,7 @@ def folder(tmp_path):
     meta = {"labels": LABELS, "unit": "character", "special_tokens": True, "max_length": 64, "decode": "viterbi",
             "tuning": "lora", "pretrained": "encoder", "virtual_tokens": 0, "head": "crf"}  # fmt: skip
     write_meta(tmp_path, meta | {"transitions": random_crf().numpy()})
+    assert (tmp_path / CRF_FILE).stat().st_mode == (tmp_path / "ner.json").stat().st_mode  # others may read it too
     return tmp_path
 
 
