@@ -144,8 +144,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python predict.py",
-        description="Finds the entities in texts. Without a text it is a prompt on a terminal, else it reads standard "
-        "input.",
+        description="Finds the entities in texts. Without a text it opens a prompt on a terminal; elsewhere it reads "
+        "standard input.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -161,11 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     engines = "onnx: the exported file; torch: the model itself; auto: torch on a GPU, else onnx where it is. [auto]"
     add("--engine", choices=("auto", "onnx", "torch"), default="auto", help=engines)
-    add("--threads", type=int, metavar="N", help="CPU threads. [all cores]")
+    add("--threads", type=int, metavar="N", help="CPU threads. [all cores; with --ray, 1 for each process]")
     add("--batch_size", type=int, metavar="N", default=32, help="Windows in a batch. [%(default)s]")
     precisions = "What torch computes in; auto: what the run is scored in. [auto]"
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=precisions)
-    add("--ray", nargs="?", const="", metavar="ADDRESS", help="Tag on a Ray cluster; without ADDRESS, on a local one.")
+    ray = "Tag the files of --input, a file or 'PATTERN', on a Ray cluster; without ADDRESS, on this machine."
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help=ray)
     add("--workers", type=int, metavar="N", help="With --ray: processes. [as many as there is room for]")
     return parser
 
@@ -242,6 +243,8 @@ def _tag_on_ray(options: argparse.Namespace) -> None:
         raise UserError("--ray needs --input FILE or 'PATTERN' and --output FOLDER, which all machines reach")
     if "://" in options.output:
         raise UserError(f"--output {options.output}: expected a folder on a disk that all machines share")
+    if options.ray.startswith("ray://"):
+        raise UserError(f"--ray {options.ray}: Ray Data does not work from outside; run it on a machine of the cluster")
     from ner import ray_tagging
     from ner.predictor import run_folder
 

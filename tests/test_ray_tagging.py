@@ -65,6 +65,12 @@ def test_what_it_does_not_do_is_refused(arguments, message, capsys):
     assert message in refused(["--ray", "local", *arguments], capsys)
 
 
+def test_a_cluster_seen_from_outside_is_refused(capsys):
+    """Ray Client, which such an address means, ends in a traceback within Ray Data."""
+    arguments = ["--ray", "ray://head:10001", "--input", "x", "--output", "y"]
+    assert "run it on a machine of the cluster" in refused(arguments, capsys)
+
+
 def entities_of(rows):
     return [[(e["text"], e["type"], e["start"], e["end"]) for e in row["entities"]] for row in rows]
 
