@@ -148,6 +148,7 @@ def unknown_options(text: str) -> list[str]:
 def wrong_settings(text: str) -> list[str]:
     """Return what a document writes as a line of config.yaml (`head: softmax`) and config.yaml would not take."""
     wrong = []
+    text = re.sub(r"```yaml\napiVersion: .*?```", "", text, flags=re.S)  # a Kubernetes resource
     for line in code_of(text):
         key, colon, value = line.partition(": ")
         if not colon or not re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", key) or key == "lora":
