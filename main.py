@@ -63,9 +63,9 @@ def train(
     from ner.checkpoint import Checkpoints
     from ner.progress import Progress, progress_bar
     from ner.stop import Stop
-    from ner.training import build
+    from ner.training import build, describe
 
-    training = build(config, corpus, accelerator, run)
+    training = build(config, corpus, accelerator)
     writes = accelerator.is_main_process
     checkpoints = Checkpoints(run, training, config.checkpoint_minutes, writes)
     progress = checkpoints.resume() or Progress(
@@ -73,6 +73,7 @@ def train(
     )
     if writes and (progress.epoch < config.epochs or config.test is None):
         results.discard(run)
+    describe(training, run)  # only now: a resume that is refused leaves the run as it was
     with progress_bar(training.steps_an_epoch, shown=writes) as bar, Stop(accelerator) as stop:
         for epoch in range(progress.epoch, config.epochs):
             log.info("epoch %d begin", epoch + 1)

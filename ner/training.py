@@ -157,10 +157,10 @@ class Training:
         saved_model.save(self.model, self.tokenizer, self.meta | transitions | {"epoch": epoch}, folder)
 
 
-def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path | None = None) -> Training:
+def build(config: Config, corpus: Corpus, accelerator: "Accelerator") -> Training:
     """Build all that is needed to train on `corpus`, with new weights drawn by config.seed; log what was chosen.
 
-    run: the folder to describe this in, by the process that writes there. Raises UserError.
+    Writes nothing. Raises UserError where the encoder cannot be had or used.
     """
     device, labels = accelerator.device, label_list(corpus.sentences)
     dtype, reason = choose_dtype(config.precision, device)
@@ -168,8 +168,6 @@ def build(config: Config, corpus: Corpus, accelerator: "Accelerator", run: Path 
     log.info("precision %s: %s", str(dtype).removeprefix("torch."), reason)
     if warning := rate_warning(config):
         log.warning("%s", warning)
-    if run:
-        describe(config, run, accelerator, dtype)
     torch.manual_seed(config.seed)
     attention = kernels.attention_implementation(device, config.kernels)
     model, tokenizer, meta = models.build(config, labels, corpus.unit, attention)
@@ -228,9 +226,11 @@ def peak_learning_rate(config: Config) -> float:
     return config.learning_rate
 
 
-def describe(config: Config, run: Path, accelerator: "Accelerator", dtype: torch.dtype) -> None:
-    """Write config.yaml and environment.json of a run, and start its trackers."""
+def describe(training: Training, run: Path) -> None:
+    """Write the run's config.yaml and environment.json, by the process that writes there, and start its trackers."""
+    config, accelerator = training.config, training.accelerator
     if accelerator.is_main_process:
+        dtype = next(training.model.parameters()).dtype
         write_text(run / "config.yaml", dump(config))
         write_text(run / "environment.json", json.dumps(environment(accelerator, dtype), indent=1) + "\n")
     if config.trackers:

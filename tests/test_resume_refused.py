@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import runs
+import tiny
 from runs import refused, untimed_metrics
 from safetensors.torch import load_file, save_file
 from stopped_runs import began
@@ -32,6 +33,20 @@ def test_an_encoder_that_changed_since_is_named(tmp_path, capsys, tuning, name):
     changed.write_bytes(before)
     main.main(["--resume", str(tmp_path / "run"), "--epochs", "2"])
     assert len(untimed_metrics(tmp_path / "run")) == 2
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path, capsys):
+    encoder = shutil.copytree(runs.world() / "encoder", tmp_path / "encoder")
+    main.main(runs.argv(tmp_path, pretrained=encoder, epochs=1))
+    before = contents(tmp_path / "run")
+    tiny.encoder(encoder, seed=1)  # other weights
+    assert "of the encoder" in refused(capsys, "--resume", tmp_path / "run", "--epochs", 2, "--test", "null")
+    assert contents(tmp_path / "run") == before
+
+
+def contents(run):
+    """The bytes of a run's files, but for the log, which tells of the attempt."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
 
 
 @pytest.mark.parametrize(("key", "value"), [("tuning", "lora"), ("seed", 2), ("batch_size", 8), ("max_length", 32),
