@@ -104,10 +104,11 @@ def _missing_type_warnings(train: Corpus, other: Corpus) -> list[str]:
 
 
 def _rare_type_warnings(corpus: Corpus) -> list[str]:
-    rare = [f"{type_} {count}" for type_, count in sorted(corpus.entities().items()) if count < RARE]
+    rare = [(type_, count) for type_, count in sorted(corpus.entities().items()) if count < RARE]
     if not rare:
         return []
-    return [f"{corpus.path}: fewer than {RARE} entities of {', '.join(rare)}; do not trust their scores"]
+    counts = ", ".join(f"{type_} has {count} entit{'y' if count == 1 else 'ies'}" for type_, count in rare)
+    return [f"{corpus.path}: {counts}; do not trust the scores of types with fewer than {RARE}"]
 
 
 def survey(corpora: list[Corpus], windower: Windower | None = None, max_length: int = 256) -> dict[str, Any]:
