@@ -22,7 +22,7 @@ from ner import files, formats, onnx_writer, saved_model
 from ner.corpus import Sentence
 from ner.engines import OnnxEngine
 from ner.errors import UserError, first_line
-from ner.meta import model_folder, write_meta
+from ner.meta import CRF_FILE, model_folder, write_meta
 from ner.onnx_writer import FILES, OnnxFile
 from ner.quantize import Arrays
 from ner.scores import score
@@ -41,11 +41,18 @@ SAMPLE_BATCH = 8  # sentences
 def merge(run: str | Path, folder: str | Path) -> Path:
     """Write the model of `run` as a plain transformers folder: adapter and encoder in one, tokenizer beside them.
 
-    run: a run folder or its model folder. Returns `folder`, which must be new. Raises UserError.
+    run: a run folder or its model folder. Returns `folder`, which must be new. Warns where the model has a CRF, which
+    transformers has no place for. Raises UserError.
     """
     _check_new(folder)
     model, tokenizer, meta = saved_model.load(run, merged=True)
     _refuse_virtual_tokens(meta, "merged")
+    if meta["head"] == "crf":
+        log.warning(
+            "this model has a CRF: a transformers pipeline ignores its transition scores (%s) and takes the likeliest "
+            "tag of each token, so some of its entities will differ from predict.py's",
+            CRF_FILE,
+        )
     meta = {**meta, "tuning": "full", "pretrained": str(Path(folder).absolute()), "encoder_sha256": {}}
     saved_model.save(model, as_trained(tokenizer, meta), meta, folder)
     return Path(folder)
@@ -55,21 +62,20 @@ def export(run: str | Path, folder: str | Path, int8: bool = False) -> list[Onnx
     """Write the model of `run` as model.onnx (and model_int8.onnx) into a new folder, tokenizer and labels beside it.
 
     The graph takes input_ids and attention_mask, int64 [B, L], and gives logits, float32 [B, L, labels], for every B
-    and L up to max_length. int8 is calibrated on sentences of the run's predictions. Raises UserError where the folder
-    is not new or the encoder cannot be exported.
+    and L up to max_length. The files are calibrated and compared on the dev file of the run's config, as write_onnx
+    does it. Raises UserError where the folder is not new or the encoder cannot be exported.
     """
     _check_new(folder)
+    folder, inside = Path(folder), model_folder(run).parent
     model, tokenizer, meta = _load(run)
-    samples = _samples(_tagged_texts(model_folder(run).parent), tokenizer, meta)
-    folder = Path(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        written = [onnx_writer.write_fp32(model, meta["labels"], samples, Path(temporary))]
-        if int8:
-            written.append(onnx_writer.write_int8(model, meta["labels"], samples, Path(temporary)))
+        kinds = ["fp32", "int8"] if int8 else ["fp32"]
+        written = _write_compared(kinds, (model, tokenizer, meta), _dev_sentences(inside), inside, Path(temporary))
         folder.mkdir(parents=True, exist_ok=True)
         for row in written:
             shutil.copyfile(Path(temporary) / row.file, folder / row.file)
     as_trained(tokenizer, meta).save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]  # that of a LoRA run's encoder stands there until now
     model.config.save_pretrained(folder)
     write_meta(folder, meta)
     return written
@@ -84,23 +90,38 @@ def write_onnx(run: str | Path, kind: str = "int8", dev: list[Sentence] | None =
     PyTorch's. Raises UserError, OSError.
     """
     folder = model_folder(run)
-    model, tokenizer, meta = _load(run)
-    calibration, compared = _split(_dev_sentences(folder.parent) if dev is None else dev)
-    texts = [sentence.units for sentence in calibration] or _tagged_texts(folder.parent)
-    samples = _samples(texts, tokenizer, meta)
+    loaded = _load(run)
+    dev = _dev_sentences(folder.parent) if dev is None else dev
     with tempfile.TemporaryDirectory() as temporary:
-        written = onnx_writer.write_fp32(model, meta["labels"], samples, Path(temporary))
-        if kind == "int8":
-            written = onnx_writer.write_int8(model, meta["labels"], samples, Path(temporary))
-        if compared:
-            engine = OnnxEngine(Path(temporary) / written.file, meta["labels"])
-            _compare_on_dev(written, Tagger(engine, tokenizer, meta), Tagger(model, tokenizer, meta), compared)
+        (written,) = _write_compared([kind], loaded, dev, folder.parent, Path(temporary))
         for name in ("onnx.json", *FILES.values()):  # a model folder has one file, and what is known of that one
             (folder / name).unlink(missing_ok=True)
         record = {"format_version": RECORD_VERSION, **asdict(written)}  # before the file: it may not be the default
         files.write_text(folder / "onnx.json", json.dumps(record, indent=1) + "\n")
         with files.replacing(folder / written.file) as target:
             shutil.copyfile(Path(temporary) / written.file, target)
+    return written
+
+
+def _write_compared(
+    kinds: list[str], loaded: tuple[Any, Any, dict[str, Any]], dev: list[Sentence], run: Path, folder: Path
+) -> list[OnnxFile]:
+    """Write an ONNX file of each kind into a folder, and compare each with PyTorch.
+
+    loaded: (model, tokenizer, meta). dev: sentences to calibrate on and to compare scores on; where there are none,
+    texts that the run has tagged are calibrated on, and no scores are compared. Raises UserError.
+    """
+    model, tokenizer, meta = loaded
+    calibration, compared = _split(dev)
+    texts = [sentence.units for sentence in calibration] or _tagged_texts(run)
+    samples = _samples(texts, tokenizer, meta)
+    files_by_kind = {"fp32": onnx_writer.write_fp32(model, meta["labels"], samples, folder)}
+    if "int8" in kinds:  # made from the float32 file
+        files_by_kind["int8"] = onnx_writer.write_int8(model, meta["labels"], samples, folder)
+    written = [files_by_kind[kind] for kind in kinds]
+    for row in written if compared else []:
+        engine = OnnxEngine(folder / row.file, meta["labels"])
+        _compare_on_dev(row, Tagger(engine, tokenizer, meta), Tagger(model, tokenizer, meta), compared)
     return written
 
 
@@ -176,16 +197,24 @@ def _compare_on_dev(written: OnnxFile, tagger: Tagger, torch_tagger: Tagger, dev
 
 
 def _dev_sentences(run: Path) -> list[Sentence]:
-    """Return the sentences of the run's dev file; none where there is no run around the model, or no file any more."""
-    if not (run / "config.yaml").is_file():
-        return []
-    config = settings.load_run(run)
-    path = settings.resolve_path(config.dev) if config.dev and not config.dev.startswith("hub:") else None
+    """Return the sentences of the run's dev file; none, with a warning that says why, where it cannot be read."""
     try:
-        return formats.read(str(path), "dev").sentences if path else []
+        return formats.read(_dev_path(run), "dev").sentences
     except UserError as error:
-        log.warning("dev is not compared: %s", error)
+        log.warning("scores are not compared on dev sentences: %s", error)
         return []
+
+
+def _dev_path(run: Path) -> str:
+    """Return the path of the run's dev file. Raises UserError where there is none on this disk."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} has no config.yaml that names a dev file")
+    dev = settings.load_run(run).dev
+    if dev is None:
+        raise UserError(f"{run / 'config.yaml'} names no dev file")
+    if dev.startswith("hub:"):
+        raise UserError(f"{dev} is not on this disk")
+    return str(settings.resolve_path(dev) or dev)
 
 
 def _tagged_texts(run: Path) -> list[list[str]]:

@@ -20,6 +20,7 @@ import model as model_command
 from ner import config, engines, export, formats, onnx_writer, saved_model
 from ner.corpus import Sentence
 from ner.errors import UserError
+from ner.meta import write_meta
 from ner.predictor import load
 
 ENCODERS = [config.ROOT / "data" / "encoder"]
@@ -60,6 +61,18 @@ def test_the_pipeline_on_a_merged_folder_finds_what_predict_finds(tmp_path, spec
     wanted = tagged(made / "model", texts)
     assert sum(map(len, wanted)) > 1000
     assert piped(tmp_path / "merged", texts) == wanted
+
+
+def test_merging_a_crf_says_what_a_pipeline_ignores(encoder, tmp_path, lora_run, caplog):
+    made = run_of(tmp_path / "run", encoder)
+    meta = json.loads((made / "model" / "ner.json").read_text("utf-8")) | {"head": "crf"}
+    write_meta(made / "model", meta | {"transitions": np.zeros((len(LABELS), len(LABELS)))})
+    export.merge(made, tmp_path / "merged")
+    (entry,) = caplog.records
+    assert "a transformers pipeline ignores its transition scores (crf.safetensors)" in entry.getMessage()
+    caplog.clear()
+    export.merge(lora_run, tmp_path / "softmax")
+    assert not caplog.records
 
 
 def test_what_cannot_be_merged_says_so(encoder, tmp_path, lora_run):
@@ -216,6 +229,52 @@ def test_the_command_says_that_pytorch_keeps_tagging(learned, monkeypatch, capsy
     (learned / "config.yaml").write_text(config.dump(config.load(["--dev", str(learned / "dev")])[0]), "utf-8")
     model_command.main(["export", str(learned)])
     assert "PyTorch keeps tagging by default: 0.3 points less F1 are not accepted" in capsys.readouterr().out
+
+
+def test_an_export_for_other_programs_uses_dev_as_a_finished_run_does(learned, monkeypatch, tmp_path, caplog):
+    calibrated = []
+    quantize = onnx_writer.quantize
+
+    def watched_quantize(source, target, samples):
+        calibrated.extend(samples)
+        quantize(source, target, samples)
+
+    monkeypatch.setattr(onnx_writer, "quantize", watched_quantize)
+    dev = tiny.corpus(learned / "dev", 60, seed=3)
+    (learned / "config.yaml").write_text(config.dump(config.load(["--dev", str(dev)])[0]), "utf-8")
+    (learned / "predictions.jsonl").write_text(json.dumps({"chars": ["北"]}) + "\n", "utf-8")
+    inside = export.write_onnx(learned, "int8", sentences(60))
+    of_finished, calibrated = calibrated, []
+    exact, int8 = export.export(learned, tmp_path / "onnx", int8=True)
+    assert (int8.sentences, int8.f1, int8.torch_f1) == (inside.sentences, inside.f1, inside.torch_f1)
+    assert exact.f1 == exact.torch_f1 and not caplog.records
+    for one, other in zip(of_finished, calibrated, strict=True):
+        np.testing.assert_array_equal(one["input_ids"], other["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("dev", "reason"),
+    [
+        (None, "config.yaml names no dev file"),
+        ("hub:people_daily", "hub:people_daily is not on this disk"),
+        ("/gone/dev", "/gone/dev"),
+        ("no config", "has no config.yaml that names a dev file"),
+    ],
+)
+def test_an_export_without_dev_sentences_says_why(learned, tmp_path, caplog, dev, reason):
+    if dev != "no config":
+        made = config.Config().model_copy(update={"dev": dev})
+        (learned / "config.yaml").write_text(config.dump(made), "utf-8")
+    (written,) = export.export(learned, tmp_path / "onnx")
+    (entry,) = caplog.records
+    assert entry.getMessage().startswith("scores are not compared on dev sentences: ") and reason in entry.getMessage()
+    assert written.f1 is None and (tmp_path / "onnx" / "model.onnx").is_file()
+
+
+def test_the_exported_config_names_the_class_with_the_head(lora_run, tmp_path):
+    export.export(lora_run, tmp_path / "onnx")
+    settings = json.loads((tmp_path / "onnx" / "config.json").read_text("utf-8"))
+    assert settings["architectures"] == ["BertForTokenClassification"]
 
 
 def test_a_finished_run_is_exported(learned, monkeypatch, caplog):
