@@ -45,3 +45,11 @@ def lora_run(encoder, tmp_path_factory) -> Path:
     import made_run
 
     return made_run.run_of(tmp_path_factory.mktemp("lora") / "run", encoder)
+
+
+@pytest.fixture(scope="module")
+def build_parts(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
+    """What data/encoder/build.py takes: (work folder with the wheels in place, text, held-out file, labelled file)."""
+    from encoder_parts import write_parts
+
+    return write_parts(tmp_path_factory.mktemp("build"))

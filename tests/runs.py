@@ -69,6 +69,11 @@ def untimed_metrics(run) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in timed} for line in metrics(run)]
 
 
+def losses(run) -> list[tuple]:
+    """(loss of train, loss of dev, scores on dev) of each epoch."""
+    return [(line["train_loss"], line["dev_loss"], line["dev"]) for line in metrics(run)]
+
+
 def log(run) -> str:
     """What train.log holds."""
     return (run / "train.log").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""predict.py, the command: files of any size and kind, formats, options, the prompt; one line for what is wrong."""
+"""predict.py, the command and the module: files of any size and kind, formats, options, the prompt."""
 
 import io
 import json
@@ -18,7 +18,6 @@ from trained import ENTITIES, TEXT, plain
 
 import predict
 from ner import decoding, formats
-from ner.predictor import Entity, Result
 
 ROOT = Path(predict.__file__).parent
 
@@ -58,9 +57,6 @@ def test_book_in_one_line(predictor, run, tmp_path, capsys):
     record = json.loads((tmp_path / "book.jsonl").read_text(encoding="utf-8"))
     assert record["text"] == book and len(record["entities"]) > 100_000
     assert all(book[e["start"] : e["end"]] == e["text"] for e in record["entities"])
-
-
-# The command.
 
 
 def call(*arguments, capsys):
@@ -122,18 +118,8 @@ def test_standard_input_and_encodings(run, tmp_path, capsys, monkeypatch):
         assert len(records[2]["entities"]) == 3
 
 
-class Stub:
-    """A predictor that finds the first character."""
-
-    types, unit = ["PER"], "character"
-
-    def results(self, texts):
-        first = [[Entity(text[0], "PER", 0, 1, 1.0)] if text else [] for text in texts]
-        return [Result(text, found, 1 / (1 + len(text))) for text, found in zip(texts, first, strict=True)]
-
-
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, run):
-    monkeypatch.setattr(predict, "load", lambda *_: Stub())
+    monkeypatch.setattr(predict, "load", lambda *_: trained.Stub())
     peaks = []
     for lines in (10_000, 40_000):
         (tmp_path / "in").write_text(("记者从有关部门获悉，" * 8 + "\n") * lines, encoding="utf-8")
@@ -144,89 +130,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, run):
         with open(tmp_path / "out", encoding="utf-8") as file:
             assert sum(1 for _ in file) == lines
     assert peaks[1] < 1.1 * peaks[0] + 100_000 < (tmp_path / "in").stat().st_size / 4
-
-
-def test_wrong_arguments_cost_no_torch(run, tmp_path):
-    """Each ends with code 2 (--help: 0) and one clear line before torch is imported."""
-    (tmp_path / "same").write_text("x")
-    cases = [
-        (["--help"], ""),
-        (["--input", "none.txt"], "none.txt: no such file"),
-        (["--input", str(tmp_path)], "a folder; give a file"),
-        (["a", "--input", "b"], "not both"),
-        (["--json", "--format", "bio", "a"], "contradict"),
-        (["--run", "none", "a"], "none: no such folder"),
-        (["--batch_size", "0", "a"], "at least 1"),
-        (["--threads", "0", "a"], "at least 1"),
-        (["--uncertain", "0", "a"], "at least 1"),
-        (["--engine", "onnx", "--precision", "bf16", "a"], "--precision"),
-        (["--format", "xml", "a"], "invalid choice"),
-        (["--input", str(tmp_path / "same"), "--output", str(tmp_path / "same")], "same file"),
-    ]
-    code = (
-        "import sys, io, json, contextlib, predict\n"
-        "for arguments in json.loads(sys.argv[1]):\n"
-        "    said = io.StringIO()\n"
-        "    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
-        "        try: predict.main(arguments)\n"
-        "        except SystemExit as stop: code = stop.code\n"
-        "    print(json.dumps([code, said.getvalue(), 'torch' in sys.modules]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([arguments for arguments, _ in cases])],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == len(cases)
-    for (arguments, message), (code, said, torch_imported) in zip(cases, answers, strict=True):
-        assert message in said and code == (0 if arguments == ["--help"] else 2) and not torch_imported, arguments
-        assert "Traceback" not in said
-        if message and "invalid choice" not in message:
-            assert said.startswith("error: ") and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "harm, message",
-    [
-        (lambda m: os.truncate(m / "model.safetensors", 999), "model.safetensors"),
-        (lambda m: (m / "ner.json").unlink(), "ner.json"),
-        (lambda m: (m / "tokenizer.json").unlink(), "tokenizer"),
-        (lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC"', '"B-X"')), "labels"),
-    ],
-)
-def test_damaged_model(run, tmp_path, capsys, harm, message):
-    folder = tmp_path / "run" / "model"
-    folder.mkdir(parents=True)
-    for file in (run / "model").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    harm(folder)
-    with pytest.raises(SystemExit) as stop:
-        predict.main(["--engine", "torch", "--run", str(tmp_path / "run"), TEXT])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and message in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "output, message",
-    [
-        ("folder", "folder: a folder; give the name of a file to write"),
-        ("none/out", "out: cannot be written (No such file or directory)"),
-        ("/dev/full", "/dev/full: cannot be written (No space left on device)"),
-    ],
-)
-def test_output_that_cannot_be_written(run, tmp_path, monkeypatch, capsys, output, message):
-    if output == "/dev/full" and not os.path.exists(output):
-        pytest.skip("no /dev/full on this system")
-    monkeypatch.setattr(predict, "load", lambda *_: Stub())
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        predict.main(["--run", str(run), TEXT, "--output", str(tmp_path / output)])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_prompt_on_a_terminal(run):
@@ -279,20 +182,9 @@ def test_the_onnx_engine_imports_neither_torch_nor_transformers(run):
     assert done.returncode == 0 and [e["text"] for e in json.loads(done.stdout)["entities"]] == ["王芳", "北京", "武汉"]
 
 
-def test_output_is_replaced_only_when_all_is_tagged(run, tmp_path, capsys):
-    """A binary input is rejected with the old output untouched and nothing left beside it."""
-    (tmp_path / "in").write_bytes((TEXT + "\n").encode() * 5000 + b"PK\x03\x04\x00\n")
-    (tmp_path / "keep.jsonl").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        predict.main(["--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "keep.jsonl")])
-    assert stop.value.code == 2 and "in:5001: a NUL character" in capsys.readouterr().err
-    assert (tmp_path / "keep.jsonl").read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "keep.jsonl"]
-
-
 def test_uncertain_texts_come_first_and_once(tmp_path, monkeypatch, run):
     """The margin of the stub's texts falls with their length; equal ones stand in the order of the file."""
-    monkeypatch.setattr(predict, "load", lambda *_: Stub())
+    monkeypatch.setattr(predict, "load", lambda *_: trained.Stub())
     lines = ["中" * 3, "国" * 9, "", "人" * 3, "国" * 9, "民" * 7, "中" * 3] * 900
     (tmp_path / "in").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
@@ -315,13 +207,6 @@ def test_uncertain_texts_are_those_of_least_margin(run, predictor, tmp_path, cap
     assert shown == pytest.approx(sorted(margins.values())[:5], abs=1e-3) and len(set(margins.values())) > 5
 
 
-def test_one_process_only(run, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as stop:
-        predict.main(["--run", str(run), TEXT])
-    assert stop.value.code == 2 and "without torchrun" in capsys.readouterr().err
-
-
 def test_import_from_a_project_with_modules_of_the_same_names(run, tmp_path):
     """As a library: a host project's config.py, model.py, errors.py and so on are its own, and stay so."""
     for name in ("config", "model", "errors", "evaluate", "loader", "report", "formats", "files"):
@@ -337,30 +222,3 @@ def test_import_from_a_project_with_modules_of_the_same_names(run, tmp_path):
         command = [sys.executable, "-c", code, str(ROOT), str(run), engine]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    "harm, message",
-    [
-        (lambda m: os.truncate(m / "model_int8.onnx", 5000), "model_int8.onnx: ONNX Runtime cannot load it"),
-        (lambda m: os.truncate(m / "model_int8.onnx", 0), "model_int8.onnx: cannot be read"),
-        (lambda m: (m / "model_int8.onnx").unlink(), "--engine onnx needs model_int8.onnx"),
-        (
-            lambda m: (m / "ner.json").write_text((m / "ner.json").read_text().replace('"B-LOC",', "")),
-            "its labels and those of ner.json differ",
-        ),
-        (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json: the tokenizer cannot be loaded"),
-        (lambda m: (m / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: cannot be used"),
-    ],
-)
-def test_damaged_export(run, tmp_path, capsys, harm, message):
-    """One line and code 2; never another engine where onnx was asked for."""
-    folder = tmp_path / "run" / "model"
-    folder.mkdir(parents=True)
-    for file in (run / "model").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    harm(folder)
-    with pytest.raises(SystemExit) as stop:
-        predict.main(["--engine", "onnx", "--run", str(tmp_path / "run"), TEXT])
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and message in said.err and said.err.count("\n") == 1 and not said.out

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ner import batches, config, export, model, saved_model
 from ner.corpus import Sentence
-from ner.predictor import Predictor
+from ner.predictor import Entity, Predictor, Result
 from ner.tagging import Tagger
 from ner.windows import Windower
 
@@ -79,6 +79,16 @@ def random_predictor(kind: str) -> Predictor:
     unit, tokenizer = KINDS[kind]
     network, tokens, meta = build(Path(tempfile.mkdtemp(prefix="ner-random-")), tokenizer(), unit, seed=5)
     return Predictor(Tagger(network, tokens, meta))
+
+
+class Stub:
+    """A predictor that finds the first character."""
+
+    types, unit = ["PER"], "character"
+
+    def results(self, texts):
+        first = [[Entity(text[0], "PER", 0, 1, 1.0)] if text else [] for text in texts]
+        return [Result(text, found, 1 / (1 + len(text))) for text, found in zip(texts, first, strict=True)]
 
 
 # Characters that go wrong where characters, bytes, UTF-16 units or grapheme clusters are mistaken for each other.
