@@ -14,13 +14,16 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from train_setup import BATCH, LORA, ROOT, measured
+from train_setup import BATCH, ROOT, main_arguments, measured
 
 EMBEDDED = ROOT / "data" / "encoder"
 WARM_UP = 2
 RATES = {"lora": 1e-3, "full": 2e-5}
+LABELS = ["O", "B-PER", "B-LOC"]
 Figures = dict[str, float]
 
 
@@ -30,7 +33,7 @@ def write_sentences(file: Path, count: int) -> None:
     with file.open("w", encoding="utf-8") as stream:
         for _ in range(count):
             for _ in range(draw.randint(20, 70)):
-                stream.write(f"{chr(draw.randint(0x4E00, 0x8FFF))} {draw.choice(['O', 'B-PER', 'B-LOC'])}\n")
+                stream.write(f"{chr(draw.randint(0x4E00, 0x8FFF))} {draw.choice(LABELS)}\n")
             stream.write("\n")
 
 
@@ -47,33 +50,21 @@ def write_base_encoder(folder: Path) -> None:
 
 def main_steps(options: argparse.Namespace) -> Figures:
     """Return tokens and seconds of main.py's steps."""
-    import main as loop
+    from train_steps import take_step
+
     from ner import config, distributed, formats
-    from ner.progress import Progress, tokens_of
+    from ner.progress import tokens_of
     from ner.training import build
 
-    arguments = ["--pretrained", str(options.encoder), "--tuning", options.tuning[0], "--head", "softmax"]
-    arguments += ["--train", str(options.sentences), "--dev", "null", "--test", "null", "--epochs", "1"]
-    arguments += ["--max_train_sentences", "null", "--batch_size", str(BATCH), "--lora.dropout", "0"]
-    arguments += [
-        "--lora.r",
-        str(LORA["r"]),
-        "--lora.alpha",
-        str(LORA["alpha"]),
-        "--learning_rate",
-        str(RATES[options.tuning[0]]),
-    ]
-    settings, _ = config.load(arguments)
-    accelerator = distributed.start(settings)
-    training = build(settings, formats.read(str(settings.train)), accelerator)
-    progress = Progress(micro_batch=BATCH)
+    tuning = options.tuning[0]
+    keys = {"pretrained": options.encoder, "train": options.sentences, "dev": "null", "test": "null", "epochs": 1}
+    settings, _ = config.load(main_arguments(tuning, RATES[tuning], **keys))
+    training = build(settings, formats.read(str(settings.train)), distributed.start(settings))
     tokens = seconds = 0.0
     training.model.train()
     for step, batch in enumerate(training.batches_of(0)):
         began = time.perf_counter()
-        loss = loop.add_gradients(training, batch, progress, step)
-        distributed.sum_over_processes(accelerator, loss, training.optimizer)
-        training.optimizer_step(step)
+        take_step(training, batch, step)
         if step >= WARM_UP:
             tokens, seconds = tokens + tokens_of(batch), seconds + time.perf_counter() - began
     return {"tokens": tokens, "seconds": seconds}
@@ -81,67 +72,58 @@ def main_steps(options: argparse.Namespace) -> Figures:
 
 def trainer_steps(options: argparse.Namespace) -> Figures:
     """Return tokens and seconds of the Trainer's steps."""
-    import torch
-    from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import (
-        AutoModelForTokenClassification,
-        AutoTokenizer,
-        DataCollatorForTokenClassification,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from train_peer import build_model, encode
+    from transformers import AutoTokenizer, DataCollatorForTokenClassification
 
     from ner import formats
 
-    sentences = formats.read(str(options.sentences)).sentences
-    labels = ["O", "B-PER", "B-LOC"]
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    rows = []
-    for sentence in sentences:
-        row = dict(tokenizer(sentence.units, is_split_into_words=True))
-        tags = [labels.index(tag) for tag in sentence.tags]
-        rows.append(row | {"labels": [-100, *tags, -100]})
-        assert len(rows[-1]["labels"]) == len(row["input_ids"]), "a character is a token of this tokenizer"
-    model = AutoModelForTokenClassification.from_pretrained(options.encoder, num_labels=3, dtype=torch.float32)
-    if options.tuning[0] == "lora":
-        lora = LoraConfig(
-            task_type=TaskType.TOKEN_CLS,
-            r=LORA["r"],
-            lora_alpha=LORA["alpha"],
-            target_modules="all-linear",
-            exclude_modules=["classifier"],
-        )
-        model = get_peft_model(model, lora)
-    pad, tokens, times = DataCollatorForTokenClassification(tokenizer), list[int](), list[float]()
+    label2id = {label: index for index, label in enumerate(LABELS)}
+    items = [encode(tokenizer, sentence, label2id) for sentence in formats.read(str(options.sentences)).sentences]
+    model = build_model(options.tuning[0], options.encoder, len(LABELS))
+    pad, tokens = DataCollatorForTokenClassification(tokenizer), list[int]()
 
     def collate(features: list[dict]) -> dict:
         batch = pad(features)
         tokens.append(int(batch["attention_mask"].sum()))
         return batch
 
+    times = train_by_trainer(model, items, collate, RATES[options.tuning[0]])
+    return {"tokens": sum(tokens[WARM_UP:]), "seconds": sum(times[WARM_UP:])}
+
+
+def train_by_trainer(
+    model: Any, items: list[dict[str, list[int]]], collate: Callable[[list[dict]], dict], learning_rate: float
+) -> list[float]:
+    """Train for an epoch with the Trainer's defaults, save nothing; return the seconds of each step."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    times = list[float]()
+
     class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):  # type: ignore[no-untyped-def]
+        def on_step_begin(self, *_: object, **__: object) -> None:
             times.append(-time.perf_counter())
 
-        def on_step_end(self, *_, **__):  # type: ignore[no-untyped-def]
+        def on_step_end(self, *_: object, **__: object) -> None:
             times[-1] += time.perf_counter()
 
+    has_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             num_train_epochs=1,
             per_device_train_batch_size=BATCH,
-            learning_rate=RATES[options.tuning[0]],
+            learning_rate=learning_rate,
             weight_decay=0.01,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=torch.cuda.is_available(),
+            use_cpu=not has_gpu,
+            bf16=has_gpu,
         )
-        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Clock()]).train()
-    return {"tokens": sum(tokens[WARM_UP:]), "seconds": sum(times[WARM_UP:])}
+        Trainer(model=model, args=arguments, train_dataset=items, data_collator=collate, callbacks=[Clock()]).train()
+    return times
 
 
 def in_a_process(side: str, encoder: Path, tuning: str, sentences: Path, steps: int) -> Figures:

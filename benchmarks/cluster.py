@@ -37,7 +37,7 @@ def sentences_of_msra() -> Iterator[str]:
 def lines_of(files: list[Path]) -> Iterator[str]:
     """Yield the lines of text files, compressed by xz or not."""
     for path in files:
-        with lzma.open(path, "rt", "utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
             yield from (line.rstrip("\n") for line in file)
 
 

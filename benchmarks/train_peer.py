@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from train_setup import BATCH, LORA, RATES, Setup, parser_of_side, setup_of
+from train_setup import BATCH, LORA, RATES, Setup, encoder_folder, parser_of_side, setup_of
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from ner import config, formats
+from ner import formats
 from ner import scores as scoring
 from ner.corpus import Sentence, label_list
 
@@ -98,8 +98,7 @@ def train(setup: Setup, tuned: bool) -> dict[str, float]:
     corpus, test = (formats.read(str(setup.data / name)) for name in ("train", "test"))
     labels = label_list(corpus)
     label2id = {label: index for index, label in enumerate(labels)}
-    encoder = config.resolve_path(setup.pretrained)
-    assert encoder is not None, f"no encoder {setup.pretrained}"
+    encoder = encoder_folder(setup.pretrained)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     train_set, test_set = ([encode(tokenizer, s, label2id) for s in part.sentences] for part in (corpus, test))
     with tempfile.TemporaryDirectory() as folder:
@@ -117,9 +116,10 @@ def train(setup: Setup, tuned: bool) -> dict[str, float]:
         trainer.args.train_sampling_strategy = (
             "random"  # predict goes by it too: groups would reorder the test sentences
         )
-        scores = trainer.predict(test_set).predictions
+        scores = trainer.predict(test_set).predictions  # type: ignore[arg-type]
     gold = [sentence.tags for sentence in test.sentences]
-    predicted = [decoded(*pair, len(tags), labels) for *pair, tags in zip(scores, test_set, gold, strict=True)]
+    rows = zip(scores, test_set, gold, strict=True)
+    predicted = [decoded(logits, item, len(tags), labels) for logits, item, tags in rows]
     tokens = setup.epochs * sum(len(item["input_ids"]) for item in train_set)
     return {
         "tokens_per_second": tokens / seconds,

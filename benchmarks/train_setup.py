@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ner import config  # noqa: E402
 from ner.tunings import TUNINGS  # noqa: E402
 
 LORA = {"r": 16, "alpha": 32}
@@ -30,29 +31,40 @@ class Setup:
 
     def of_main(self) -> list[str]:
         """Return main.py's arguments for this training."""
-        keys = {
-            "tuning": self.tuning,
-            "pretrained": self.pretrained,
-            "epochs": self.epochs,
-            "head": "softmax",
-            "max_train_sentences": "null",
-            "batch_size": BATCH,
-            "learning_rate": RATES[self.tuning],
-            "seed": self.seed,
-            "lora.r": LORA["r"],
-            "lora.alpha": LORA["alpha"],
-            "lora.dropout": 0,
-            "train": self.data / "train",
-            "dev": self.data / "dev",
-            "test": self.data / "test",
-            "export": "none",
-        }
-        return [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+        parts = {part: self.data / part for part in ("train", "dev", "test")}
+        keys = {"pretrained": self.pretrained, "epochs": self.epochs, "seed": self.seed, "export": "none"}
+        return main_arguments(self.tuning, RATES[self.tuning], **keys, **parts)
 
     def of_side(self, file: Path) -> list[str]:
         """Return the arguments of a side's own script, which writes its figures to `file` as JSON."""
         keys = {"data": self.data, "pretrained": self.pretrained, "epochs": self.epochs, "seed": self.seed}
         return [self.tuning, *(part for key, value in keys.items() for part in (f"--{key}", str(value))), str(file)]
+
+
+def main_arguments(tuning: str, learning_rate: float, **keys: object) -> list[str]:
+    """Return main.py's arguments for a training that a peer can do too: the softmax head, all sentences, plain LoRA.
+
+    keys: more keys of the config, such as pretrained and train.
+    """
+    common = {
+        "tuning": tuning,
+        "learning_rate": learning_rate,
+        "head": "softmax",
+        "max_train_sentences": "null",
+        "batch_size": BATCH,
+        "lora.r": LORA["r"],
+        "lora.alpha": LORA["alpha"],
+        "lora.dropout": 0,
+    }
+    return [part for key, value in (common | keys).items() for part in (f"--{key}", str(value))]
+
+
+def encoder_folder(pretrained: str) -> Path:
+    """Return the folder of a local encoder, from here or from the project. Raises SystemExit where there is none."""
+    folder = config.resolve_path(pretrained)
+    if folder is None:
+        raise SystemExit(f"{pretrained}: there is no such folder; name that of an encoder")
+    return folder
 
 
 def measured(command: list[str]) -> float:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from train_setup import Setup, parser_of_side, setup_of
 
+import main as loop
 from ner import config, distributed, formats
-from ner.progress import tokens_of, units_of
+from ner.progress import Progress, tokens_of
 from ner.training import Training, build
 from ner.windows import Window
 
@@ -51,11 +52,9 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def take_step(training: Training, batch: list[Window], step: int) -> None:
-    """Take one step as main.py's loop does."""
-    inputs, labels = training.collate(batch)
-    loss = training.loss(training.model(**inputs).logits, labels)
-    training.optimizer.backward(loss / units_of(batch))
-    distributed.sum_over_processes(training.accelerator, loss.detach(), training.optimizer)
+    """Take one step as main.py's loop does: forward, loss, backward, optimizer."""
+    loss = loop.add_gradients(training, batch, Progress(micro_batch=len(batch)), step)
+    distributed.sum_over_processes(training.accelerator, loss, training.optimizer)
     training.optimizer_step(step)
 
 

@@ -121,16 +121,8 @@ def test_a_model_that_changes_a_layers_output_in_place_still_trains(rank_stabili
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model = get_peft_model(
-        transformers.DebertaForTokenClassification(config),
-        LoraConfig(
-            task_type=TaskType.TOKEN_CLS,
-            r=4,
-            target_modules="all-linear",
-            exclude_modules=["classifier"],
-            init_lora_weights=False,
-            use_rslora=rank_stabilized,
-        ),
+    model = with_adapters(
+        transformers.DebertaForTokenClassification(config), target_modules="all-linear", use_rslora=rank_stabilized
     )
     _, logits, gradients = pass_through(model)
     model.zero_grad()
