@@ -75,9 +75,8 @@ def read(source: Source) -> Corpus:
         except Unreadable as error:
             raise UserError(f"{source.path}:{line}: {error}") from None
         notes.update(record.notes)
-        notes["wide"] += any(
-            entity.text is None and WIDE.search(record.text, 0, entity.end) for entity in record.entities
-        )
+        if wide := WIDE.search(record.text):
+            notes["wide"] += any(entity.text is None and entity.end > wide.start() for entity in record.entities)
         tags, overlapping = paint(len(record.text), entities)
         skipped += overlapping
         if record.text:
