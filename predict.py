@@ -237,10 +237,10 @@ def _output(path: str | None) -> Iterator[Callable[..., None]]:
 
 def _tag_on_ray(options: argparse.Namespace) -> None:
     """Tag the files that --input names into the folder --output. Raises UserError."""
-    if options.format not in ("jsonl", "parquet") or options.uncertain or options.texts:
-        raise UserError("--ray tags files into --format jsonl or parquet, without --uncertain")
     if options.input in (None, "-") or options.output in (None, "-"):
         raise UserError("--ray needs --input FILE or 'PATTERN' and --output FOLDER, which all machines reach")
+    if options.format not in ("jsonl", "parquet") or options.uncertain:
+        raise UserError("--ray tags files into --format jsonl or parquet, without --uncertain")
     if "://" in options.output:
         raise UserError(f"--output {options.output}: expected a folder on a disk that all machines share")
     if options.ray.startswith("ray://"):

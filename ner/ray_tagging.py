@@ -9,6 +9,9 @@ worker costs the shard it was on, and a run that was stopped goes on with the sh
 import contextlib
 import json
 import logging
+import os
+import re
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ from ner.shards import Shard, plan, texts_of
 
 log = logging.getLogger("ner.ray_tagging")
 PLAN = "shards.json"  # in the output folder: what was cut how
+HOST_AND_PORT = re.compile(r"\[?([^/\[\]]+)\]?:(\d{1,5})")
+CONNECT_SECONDS = 10
 RETRIES = 5  # of a shard whose worker dies; one that kills every worker ends the run
 
 
@@ -56,8 +61,7 @@ def tag(pattern: str, output: Path, settings: Settings, form: str, workers: int 
             texts += int(row["texts"])
             damaged += [row["damaged"]] if row["damaged"] else []
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"a shard could not be tagged: {reason}; whole shards stay in {output}") from None
+        raise UserError(f"a shard could not be tagged: {_reason(error)}; whole shards stay in {output}") from None
     for what in sorted(damaged):
         log.warning("%s", what)
     for leftover in output.glob(f".part-*{files.WRITING}*"):  # of killed workers, now that all shards are whole
@@ -66,12 +70,21 @@ def tag(pattern: str, output: Path, settings: Settings, form: str, workers: int 
     return texts
 
 
+def _reason(error: Exception) -> str:
+    """Return the last line of the worker's traceback, after which Ray Data puts a traceback and advice of its own."""
+    traceback = str(error).partition("\n\nThe above exception was the direct cause")[0]
+    return traceback.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+
+
 def _connect(ray: Any, address: str, settings: Settings) -> None:
     """Join the cluster, or start one on this machine. Raises UserError where it cannot be reached."""
+    # Left to itself, ray.init would also join what an earlier `ray start` on this machine has left a note of.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_reachable(address)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(settings.threads)}
     try:
         ray.init(
-            address=address or None,
+            address=address,
             runtime_env={"env_vars": environment},
             ignore_reinit_error=True,
             log_to_driver=False,
@@ -81,6 +94,17 @@ def _connect(ray: Any, address: str, settings: Settings) -> None:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--ray {address}: no Ray cluster can be reached there ({reason})") from None
     ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError where nothing listens at HOST:PORT: Ray itself would go on trying for minutes."""
+    if not (match := HOST_AND_PORT.fullmatch(address)):
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--ray {address}: no Ray cluster can be reached there ({reason})") from None
 
 
 def _tagged(ray: Any, shards: list[Shard], output: Path, settings: Settings, form: str, workers: int | None) -> Any:
@@ -144,6 +168,8 @@ def _planned(shards: list[Shard], output: Path, settings: Settings) -> list[Shar
     """Return the shards, noted in the output folder. Raises UserError where another plan was begun there."""
     plan_now = {"run": settings.run, "shards": [asdict(shard) for shard in shards]}
     file = output / PLAN
+    if output.is_file():
+        raise UserError(f"{output}: is a file; --ray writes a folder, name a new one")
     try:
         output.mkdir(parents=True, exist_ok=True)
         if file.is_file():

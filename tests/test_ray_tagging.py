@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -56,7 +57,8 @@ def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--input", "x", "--json"], "--ray needs --input"),
+    (["--input", "x", "--json"], "--ray needs --input"), (["--input", "x"], "--ray needs --input"),
+    (["text"], "--ray needs --input"),
     (["--input", "x", "--output", "y", "--format", "html"], "jsonl or parquet"),
     (["--input", "x", "--output", "y", "--uncertain", "3"], "without --uncertain"),
     (["--input", "x", "--output", "s3://bucket/tagged"], "expected a folder on a disk that all machines share"),
@@ -69,6 +71,44 @@ def test_a_cluster_seen_from_outside_is_refused(capsys):
     """Ray Client, which such an address means, ends in a traceback within Ray Data."""
     arguments = ["--ray", "ray://head:10001", "--input", "x", "--output", "y"]
     assert "run it on a machine of the cluster" in refused(arguments, capsys)
+
+
+def test_an_address_where_nothing_listens_is_one_line_at_once(tmp_path, capsys):
+    pytest.importorskip("ray", reason="Ray is optional and not installed")
+    (tmp_path / "in.txt").write_text("a\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["--ray", address, "--run", str(trained.exported()), "--input", str(tmp_path / "in.txt"), "--output"]
+    said = refused([*command, str(tmp_path / "out")], capsys)
+    assert f"--ray {address}: no Ray cluster can be reached there (Connection refused)" in said
+    (tmp_path / "file").touch()
+    assert "is a file" in refused([*command, str(tmp_path / "file")], capsys)
+
+
+@pytest.mark.parametrize(("variable", "address"), [("", "local"), ("head:6379", "head:6379")])
+def test_without_an_address_it_joins_no_cluster_but_the_one_of_the_environment(monkeypatch, variable, address):
+    ray = pytest.importorskip("ray", reason="Ray is optional and not installed")
+    pytest.importorskip("ray.data")
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr(ray_tagging, "_check_reachable", lambda address: None)
+    joined = []
+    monkeypatch.setattr(ray, "init", lambda address, **_: joined.append(address))
+    ray_tagging._connect(ray, "", ray_tagging.Settings("run", "auto", "auto", 8, 1))
+    assert joined == [address]
+
+
+def test_a_line_that_is_no_text_is_named_with_its_file(tmp_path):
+    pytest.importorskip("ray", reason="Ray is optional and not installed")
+    file, output = tmp_path / "in.jsonl", tmp_path / "out"
+    file.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    command = [sys.executable, str(ROOT / "predict.py"), "--run", str(trained.exported()), "--ray", "local"]
+    command += ["--workers", "1", "--input", str(file), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        f"error: a shard could not be tagged: {file}:2: expected a JSON object with a text, such as "
+        f'{{"text": "…"}}; whole shards stay in {output}'
+    )
 
 
 def entities_of(rows):
