@@ -45,7 +45,7 @@ def test_scores_cost_settings_and_curves_stand_side_by_side(two):
 def test_the_sentence_on_which_they_differ_is_shown_with_both_answers(two):
     page = Page(comparison.write(two))
     assert page.tags.count("article") == 1
-    assert "2 test sentences are in all runs" in page.text
+    assert "2 test sentences are in all runs" in page.text and "not scored on the same" not in page.text
     assert "the runs find different entities in 1 of them" in page.text
     assert "first: 0 errors" in page.text and "second: 1 error" in page.text
     assert "first 2, \nsecond 1" in page.text or "first 2, second 1" in page.text, "sentences without an error"
@@ -73,7 +73,9 @@ def test_the_largest_difference_comes_first():
 
 def test_runs_of_other_test_sets_share_no_sentence(two):
     (two[1] / "predictions.jsonl").write_text(json.dumps(sentence("上海", [], [])) + "\n")
-    assert "no test sentence in common" in Page(comparison.write(two)).text
+    text = Page(comparison.write(two)).text
+    assert "no test sentence in common" in text
+    assert "not scored on the same test sentences" in text and "0 of 2 are in all runs" in text
 
 
 def test_a_text_that_stands_twice_is_compared_place_by_place(two):
