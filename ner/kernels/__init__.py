@@ -1,7 +1,14 @@
 """What makes a training step fast on a CPU, behind one function. With `kernels: plain` nothing here is used.
 
-Each piece computes what transformers and peft compute, up to rounding; tests/test_kernels.py compares them. Weights
-live in the compute type and the optimizer works on float32 copies of those that train (ner/optimizer.py).
+    packing      drops the padding, so that linear layers compute on real tokens only
+    bert_layers  runs the encoder's layers on these tokens, with query, key and value as one product
+    attention    computes attention sentence by sentence, in blocks that fit the caches
+    dropout      takes masks from a predrawn one, instead of drawing one for each call
+    lora         computes a linear layer and its adapter as one operation with one gradient
+
+Each computes what transformers and peft compute, up to rounding; tests/test_kernels.py compares them, and `python
+benchmarks/kernels.py` measures what a training step takes without each. Weights live in the compute type and the
+optimizer works on float32 copies of those that train (ner/optimizer.py).
 """
 
 import torch

@@ -1,4 +1,8 @@
-"""Scaled dot-product attention over the blocks of a PackedBatch, with its gradient."""
+"""Scaled dot-product attention over the blocks of a PackedBatch, with its gradient.
+
+A block is small enough for its attention probabilities to stay in the caches between their computation and their use.
+The gradient is written out, as autograd would keep the probabilities after dropout for every layer too.
+"""
 
 from typing import Any
 
@@ -25,9 +29,9 @@ def attend(
     # A softmax in bfloat16 is less exact and takes twice as long as one in float32 with a conversion after it.
     softmax_type = torch.promote_types(qkv.dtype, torch.float32)
     for block in packed.blocks:
-        query, key, value = _of_block(by_head, block)
-        bias = block.bias.to(qkv.dtype).expand(-1, block.length, -1)
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
+        query, key, value = _of_block(by_head, block)  # [sequences, length, head_size] each
+        bias = block.bias.to(qkv.dtype).expand(-1, block.length, -1)  # [sequences, length, length]
+        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)  # [sequences, length, length]
         attention_probs = torch.softmax(scores, -1, dtype=softmax_type).to(qkv.dtype)
         mask = None if dropout is None else dropout_mask(dropout, attention_probs)
         dropped = attention_probs if mask is None else attention_probs * mask
@@ -62,12 +66,12 @@ class Attention(torch.autograd.Function):
         by_head, *saved = ctx.saved_tensors
         probabilities, masks = saved[: len(packed.blocks)], saved[len(packed.blocks) :]
         dout = dout.reshape(-1, by_head.shape[-1]).index_select(0, packed.by_head)  # [places, head_size]
-        dby_head = torch.empty_like(by_head)
+        dby_head = torch.empty_like(by_head)  # [3, places, head_size]
         for block, attention_probs, mask in zip(packed.blocks, probabilities, masks, strict=True):
             query, key, value = _of_block(by_head, block)
             dquery, dkey, dvalue = _of_block(dby_head, block)
-            dblock = dout[block.begin : block.end].view(value.shape)
-            dprobs = torch.bmm(dblock, value.transpose(1, 2))
+            dblock = dout[block.begin : block.end].view(value.shape)  # [sequences, length, head_size]
+            dprobs = torch.bmm(dblock, value.transpose(1, 2))  # [sequences, length, length], as are dscores
             dropped = attention_probs
             if mask is not None:
                 dprobs.mul_(mask)
@@ -77,5 +81,5 @@ class Attention(torch.autograd.Function):
             torch.bmm(dscores.transpose(1, 2), query, out=dkey)
             torch.bmm(dropped.transpose(1, 2), dblock, out=dvalue)
         dqkv = dby_head.flatten(0, 1).index_select(0, packed.qkv_by_row).view(packed.rows, -1)
-        dqkv[len(packed.tokens) :] = 0
+        dqkv[len(packed.tokens) :] = 0  # spare rows have no place by head, so the map gave them another row's gradient
         return dqkv, None, None, None

@@ -1,4 +1,8 @@
-"""The layers of BERT and its kin on packed tokens: no padding, and query, key and value as one product."""
+"""The layers of BERT and its kin on packed tokens: no padding, and query, key and value as one product.
+
+Padding in a linear layer, norm or activation is computed for nothing, and one product reads its input once where three
+read it three times.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +22,10 @@ KINDS = {f"{kind}Encoder" for kind in ("Bert", "Camembert", "Electra", "Ernie", 
 class LayerProducts:
     """The four products of a layer."""
 
-    qkv: LinearArguments
-    attention_out: LinearArguments
-    up: LinearArguments
-    down: LinearArguments
+    qkv: LinearArguments  # hidden → 3 × hidden
+    attention_out: LinearArguments  # hidden → hidden
+    up: LinearArguments  # hidden → intermediate
+    down: LinearArguments  # intermediate → hidden
 
 
 class PackedLayers:
@@ -58,7 +62,7 @@ class PackedLayers:
 
         heads = self.encoder.layer[0].attention.self.num_attention_heads
         packed = PackedBatch(_real_tokens(hidden, attention_mask), heads)
-        x = packed.pack(hidden)
+        x = packed.pack(hidden)  # [rows, hidden], through all layers
         for layer, layer_products in zip(self.encoder.layer, products, strict=True):
             x = _layer_forward(x, layer, layer_products, packed)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packed.unpack(x))
@@ -96,14 +100,14 @@ def _layer_forward(x: torch.Tensor, layer: Any, products: LayerProducts, packed:
     """Return a layer's output for x [rows, hidden]."""
     attention = layer.attention.self
     qkv = products.qkv.product(x)  # [rows, 3 × hidden]
-    context = Attention.apply(qkv, packed, attention.scaling, attention.dropout)
+    context = Attention.apply(qkv, packed, attention.scaling, attention.dropout)  # [rows, hidden]
     x = _add_and_norm(x, products.attention_out.product(context), layer.attention.output)
-    inner = layer.intermediate.intermediate_act_fn(products.up.product(x))
+    inner = layer.intermediate.intermediate_act_fn(products.up.product(x))  # [rows, intermediate]
     return _add_and_norm(x, products.down.product(inner), layer.output)
 
 
 def _add_and_norm(x: torch.Tensor, y: torch.Tensor, output: Any) -> torch.Tensor:
-    """Return LayerNorm(x + dropout(y)) with the norm and dropout of a BERT output module."""
+    """Return LayerNorm(x + dropout(y)), [rows, hidden] all, with the norm and dropout of a BERT output module."""
     norm, mask = output.LayerNorm, dropout_mask(output.dropout, y)
     x = x + y if mask is None else torch.addcmul(x, y, mask)
     return nn.functional.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

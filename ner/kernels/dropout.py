@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-PREDRAWN_NUMBERS = 1 << 22
+PREDRAWN_NUMBERS = 1 << 22  # 4 million: 16 MB in float32, over which offsets repeat seldom
 
 
 class PredrawnDropout(nn.Module):
@@ -15,7 +15,7 @@ class PredrawnDropout(nn.Module):
         super().__init__()
         self.p = p
         keep = torch.rand(PREDRAWN_NUMBERS, generator=torch.Generator().manual_seed(0)) >= p
-        self.masks: torch.Tensor
+        self.masks: torch.Tensor  # [PREDRAWN_NUMBERS], 0 or 1 / (1 - p)
         self.register_buffer("masks", keep.float() / (1 - p), persistent=False)
 
     def draw_mask(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _eager_attention(
     query, key, value [batch, heads, length, head_size]; returns [batch, length, heads, head_size] and probabilities.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale  # [batch, heads, length, length]
     if attention_mask is not None:
         scores = scores + attention_mask
     attention_probs = nn.functional.softmax(scores, dim=-1)

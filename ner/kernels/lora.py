@@ -44,7 +44,7 @@ class LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the product and keep what its gradient needs."""
         ctx.scale = scale
-        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())  # [rows, out]
         low = None
         if down is not None and up is not None:
             low = (x @ down.t()).mul_(scale)  # [rows, r]
@@ -60,16 +60,16 @@ class LoraProduct(torch.autograd.Function):
         dx = dweight = dbias = ddown = dup = None
         if down is not None:
             dlow = (dy @ up).mul_(ctx.scale)  # [rows, r]
-            ddown = dlow.t() @ x if needs_down else None
-            dup = (low.t() @ dy).t() if needs_up else None  # faster than dyᵀ low
+            ddown = dlow.t() @ x if needs_down else None  # [r, in]
+            dup = (low.t() @ dy).t() if needs_up else None  # [out, r]; faster than dyᵀ low
         if needs_x:
-            dx = dy @ weight
+            dx = dy @ weight  # [rows, in]
             if down is not None:
                 dx.addmm_(dlow, down)
         if needs_weight:
-            dweight = dy.t() @ x
+            dweight = dy.t() @ x  # [out, in]
         if needs_bias:
-            dbias = dy.sum(0)
+            dbias = dy.sum(0)  # [out]
         return dx, dweight, dbias, ddown, dup, None
 
 
@@ -132,6 +132,7 @@ def join_linears(linears: list[Any]) -> LinearArguments | None:
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tensors below each other; one alone as it is, without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 

@@ -55,15 +55,15 @@ class PackedBatch:
         lengths = counts[order].tolist()
         head = torch.arange(self.heads)[:, None]
         index: list[torch.Tensor] = []
-        done = begin = 0
+        done = begin = 0  # sentences that are in a block, and their places
         while done < len(lengths):
             length = max(1, -(-lengths[done] // LENGTH_MULTIPLE)) * LENGTH_MULTIPLE
             fitting = max(1, MAX_SCORES // (self.heads * length * length))
-            size = 1 << min(fitting, len(lengths) - done).bit_length() - 1  # a power of two: few shapes
+            size = 1 << min(fitting, len(lengths) - done).bit_length() - 1  # sentences; a power of two, so few shapes
             chosen = order[done : done + size]
-            place = torch.arange(length)
+            place = torch.arange(length)  # of a token in its sentence
             is_token = place < counts[chosen, None]  # [size, length]
-            row = torch.where(is_token, starts[chosen, None] + place, self.rows - 1)
+            row = torch.where(is_token, starts[chosen, None] + place, self.rows - 1)  # [size, length]
             index.append((row[:, None] * self.heads + head).flatten())  # of [size, heads, length]
             # float16's minimum is a number in every type
             bias = torch.zeros(row.shape).masked_fill_(~is_token, torch.finfo(torch.float16).min)
@@ -80,7 +80,7 @@ class PackedBatch:
         by_head: int64 [places], for each place by head the index in [rows × heads] of what stands there.
         """
         part = torch.arange(3)[:, None]  # query, key, value, side by side in a row of the joined product
-        row, head = by_head // self.heads, by_head % self.heads
+        row, head = by_head // self.heads, by_head % self.heads  # [places] each
         self.by_head = by_head
         self.qkv_by_head = (row * 3 * self.heads + part * self.heads + head).flatten()  # of [rows × 3 × heads]
         places = len(by_head)
