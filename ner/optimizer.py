@@ -59,17 +59,17 @@ class Optimizer:
         head: Collection[str] = (),
         head_factor: float = 1.0,
         masked: Collection[str] = (),
-        beside: Mapping[str, nn.Parameter] | None = None,
-        beside_rate: float | None = None,
+        extra: Mapping[str, nn.Parameter] | None = None,
+        extra_rate: float | None = None,
     ):
         """Take all weights of `model` that require gradients.
 
         head: names of weights whose learning rate is `head_factor` times that of the others. masked: names of weights
-        whose zeros are masks, and so are zeros of the average too. beside: weights that are trained beside the model,
-        by name, at the peak learning rate `beside_rate` and without weight decay.
+        whose zeros are masks, and so are zeros of the average too. extra: weights that are not the model's, by
+        name, trained at the peak learning rate `extra_rate` and without weight decay.
         """
-        beside = dict(beside or {})
-        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad} | beside
+        extra = dict(extra or {})
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad} | extra
         self.masters = {name: _float32(weight) for name, weight in self.weights.items()}
         self.averaging = averaging
         self.scored = {name: w.detach().clone() for name, w in self.masters.items()} if averaging else self.masters
@@ -77,19 +77,15 @@ class Optimizer:
         self.scale = LossScale(any(weight.dtype == torch.float16 for weight in self.weights.values()))
         groups: dict[tuple[float, float], list[torch.Tensor]] = {}  # (factor of the learning rate, weight decay)
         for name, weight in self.masters.items():
-            if name in beside:
-                key = (learning_rate if beside_rate is None else beside_rate) / learning_rate, 0.0
+            if name in extra:
+                key = (learning_rate if extra_rate is None else extra_rate) / learning_rate, 0.0
             else:
                 key = head_factor if name in head else 1.0, weight_decay if weight.ndim > 1 else 0.0
             groups.setdefault(key, []).append(weight)
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": weights, "weight_decay": decay, "factor": factor}
-                for (factor, decay), weights in groups.items()
-            ],
-            lr=learning_rate,
-            fused=True,
-        )
+        parameters = [
+            {"params": weights, "weight_decay": decay, "factor": factor} for (factor, decay), weights in groups.items()
+        ]
+        self.adamw = torch.optim.AdamW(parameters, lr=learning_rate, fused=True)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a scalar loss."""

@@ -138,6 +138,12 @@ class Training:
             "precision fp32"
         )
 
+    def summary(self) -> str:
+        """Return a line on the windows and steps of an epoch, the tuning and its learning rate."""
+        windows = f"{len(self.windows)} windows of at most {self.meta['max_length']} tokens"
+        steps = f"{self.windows_a_step} in a step, {self.steps_an_epoch} steps an epoch"
+        return f"{windows}, {steps}; {self.config.tuning} at learning rate {self.config.learning_rate:g}"
+
     def why_nothing_is_predicted(self, steps: int) -> str:
         """Say of the weights after so many steps, which predict no entity on dev, what the likely cause is."""
         cause = rate_warning(self.config)
@@ -193,15 +199,7 @@ def build(config: Config, corpus: Corpus, accelerator: "Accelerator") -> Trainin
         crf=crf,
         adversary=FastGradient(model, config.adversarial_epsilon) if config.adversarial == "fgm" else None,
     )
-    log.info(
-        "%d windows of at most %d tokens, %d in a step, %d steps an epoch; %s at learning rate %g",
-        len(training.windows),
-        meta["max_length"],
-        training.windows_a_step,
-        training.steps_an_epoch,
-        config.tuning,
-        config.learning_rate,
-    )
+    log.info("%s", training.summary())
     return training
 
 
@@ -215,8 +213,8 @@ def build_optimizer(config: Config, model: nn.Module, crf: Crf | None = None) ->
         head=models.head_weights(model),
         head_factor=config.head_factor or 1.0,
         masked=adalora.masked_weights(model),
-        beside={"crf.transitions": crf.transitions} if crf else {},
-        beside_rate=config.crf_learning_rate,
+        extra={"crf.transitions": crf.transitions} if crf else {},
+        extra_rate=config.crf_learning_rate,
     )
 
 
