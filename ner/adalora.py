@@ -1,7 +1,7 @@
-"""AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512): all that it wants beside what LoRA does.
+"""AdaLoRA (Zhang et al. 2023, https://arxiv.org/abs/2303.10512): what it needs beyond LoRA.
 
-It begins with more ranks than it may keep and masks those that count least. peft's RankAllocator judges them, by
-weight times gradient; this file gives it the gradients, carries its masks over to the optimizer's float32 copies, and
+It begins with more ranks than it may keep and masks the least important. peft's RankAllocator scores them by weight
+times gradient; this file gives it the gradients, carries its masks over to the optimizer's float32 copies, and
 keeps its averages in checkpoints. Every function does nothing for models of other tunings.
 """
 
@@ -40,9 +40,9 @@ def gradients(model: Any, scale: float = 1.0) -> Gradients:
 
 @torch.no_grad()
 def after_step(model: Any, step: int, steps: int, gradients: Gradients, optimizer: "Optimizer | None" = None) -> None:
-    """Judge the ranks after an optimizer step (from 1, of `steps`) and mask those that count least.
+    """Score the ranks after an optimizer step (from 1, of `steps`) and mask the least important.
 
-    The optimizer has cleared the weights' own gradients; `gradients` are those that it took the step by.
+    The optimizer has cleared the weights' own gradients; `gradients` are those of the step.
     Ranks are masked between a tenth and three quarters of the steps, at fifty moments; after that the masks stay.
     """
     ranks = allocator(model)
@@ -75,12 +75,12 @@ def masked_weights(model: Any) -> set[str]:
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint needs beside the weights: rank/NAME, which ranks are kept, and the scores of weights."""
+    """Return what a checkpoint needs beside the weights: rank/NAME, the mask of the ranks, and the weights' scores."""
     ranks = allocator(model)
     if ranks is None:
         return {}
     pattern = _settings(model).rank_pattern or {}
-    tensors = {f"rank/{name}": torch.tensor(kept) for name, kept in pattern.items()}
+    tensors = {f"rank/{name}": torch.tensor(mask) for name, mask in pattern.items()}
     for kind in SCORES:
         tensors |= {f"{kind}/{name}": score for name, score in getattr(ranks, kind).items()}
     return tensors

@@ -49,7 +49,7 @@ def page(runs: Sequence[Path]) -> dict[str, Any]:
         "rows": [_summary(run, name, *score) for run, name, score in zip(runs, names, scores, strict=True)],
         "same_test": len({on for _, on in scores}) == 1,
         "types": [(name, [_type_row(row, name) for row, _ in scores]) for name in types],
-        "charts": [drawn for drawn in _charts(runs, names) if drawn],
+        "charts": [chart for chart in _charts(runs, names) if chart],
         "settings": _settings(runs),
         "differences": differences,
         "hues": hues(types),
@@ -67,12 +67,14 @@ def differing(runs: list[Sentences]) -> dict[str, Any]:
     different, types, faultless = [], set(), [0] * len(runs)
     for key in common:
         sentences = [run[key] for run in runs]
-        found = [mistakes.pairs(spans(each.gold), spans(each.predicted)) for each in sentences]
-        wrong = [mistakes.errors(pairs) for pairs in found]
+        matches = [mistakes.pairs(spans(each.gold), spans(each.predicted)) for each in sentences]
+        wrong = [mistakes.errors(pairs) for pairs in matches]
         faultless = [count + (errors == 0) for count, errors in zip(faultless, wrong, strict=True)]
-        types |= {entity[0] for pairs in found for _, *both in pairs for entity in both if entity}
+        types |= {
+            entity[0] for pairs in matches for _, gold, predicted in pairs for entity in (gold, predicted) if entity
+        }
         if len({tuple(spans(each.predicted)) for each in sentences}) > 1:
-            different.append((min(wrong) - max(wrong), sentences[0].line, sentences, found, wrong))
+            different.append((min(wrong) - max(wrong), sentences[0].line, sentences, matches, wrong))
     different.sort(key=lambda item: item[:2])
     return {
         "common": len(common),
@@ -81,20 +83,22 @@ def differing(runs: list[Sentences]) -> dict[str, Any]:
         "faultless": faultless,
         "types": types,
         "shown": [
-            _shown(sentences, found, wrong, joint) for _, _, sentences, found, wrong in different[:MOST_SENTENCES]
+            _shown(sentences, matches, wrong, joint) for _, _, sentences, matches, wrong in different[:MOST_SENTENCES]
         ],
     }
 
 
-def _shown(sentences: list[Prediction], found: list, wrong: list[int], joint: str) -> dict[str, Any]:
+def _shown(
+    sentences: list[Prediction], matches: list[list[mistakes.Pair]], wrong: list[int], joint: str
+) -> dict[str, Any]:
     first = sentences[0]
     return {
         "number": first.line,
         "lang": language("".join(first.units[:LONGEST_GAP])),
-        "gold": segments(first.units, mistakes.marked([("correct", *pair[1:]) for pair in found[0]], 1), joint),
+        "gold": segments(first.units, mistakes.marked([("correct", *pair[1:]) for pair in matches[0]], 1), joint),
         "runs": [
             (errors, segments(each.units, mistakes.marked(pairs, 2), joint))
-            for each, pairs, errors in zip(sentences, found, wrong, strict=True)
+            for each, pairs, errors in zip(sentences, matches, wrong, strict=True)
         ],
     }
 

@@ -188,8 +188,8 @@ def _resolve_paths(values: dict[str, Any], from_project: bool = False) -> dict[s
 
 def _resolved(path: Any, from_project: bool = False) -> Any:
     """The absolute path where it exists; names on the hub, missing files and what is no text stay as they are."""
-    found = resolve_path(path, from_project) if isinstance(path, str) and path else None
-    return path if found is None else str(found)
+    resolved = resolve_path(path, from_project) if isinstance(path, str) and path else None
+    return path if resolved is None else str(resolved)
 
 
 def _is_default_corpus(train: str) -> bool:

@@ -90,8 +90,8 @@ def _log_partition(emissions: torch.Tensor, steps: torch.Tensor, real: torch.Ten
     The forward algorithm, in time linear in the length. emissions: float32 [windows, n, labels]. steps: float32
     [labels, labels]. real: bool [windows, n], real positions first.
     """
-    reached = emissions[:, 0]  # [windows, labels]: the log of the sum over the paths to each label
+    log_alpha = emissions[:, 0]  # [windows, labels]: the log of the sum over the paths to each label
     for t in range(1, emissions.shape[1]):
-        following = torch.logsumexp(reached[:, :, None] + steps, dim=1) + emissions[:, t]
-        reached = following.where(real[:, t, None], reached)
-    return torch.logsumexp(reached, dim=1).where(real[:, 0], 0)
+        following = torch.logsumexp(log_alpha[:, :, None] + steps, dim=1) + emissions[:, t]
+        log_alpha = following.where(real[:, t, None], log_alpha)
+    return torch.logsumexp(log_alpha, dim=1).where(real[:, 0], 0)

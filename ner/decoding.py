@@ -81,25 +81,26 @@ class _Scheme:
         return cls(np.array(inside, np.int64), np.array(begin, np.int64), is_inside, kind)
 
     def advance(self, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Take the worths [rows, labels] of the best paths to each label one step on, as IOB2 allows.
+        """Advance the scores [rows, labels] of the best path to each label by one step, as IOB2 allows.
 
-        Returns (what the best path to each next label is worth before that label's own score, the label it comes from),
-        both [rows, labels]. O and B may follow anything, so they follow the best of all; an I has only two choices, B
-        and I of its type. That takes O(labels), not their square. Worths are relative to the best, to keep them small.
+        Returns (the score of the best path to each next label, without that label's own score; the label that this path
+        comes from), both [rows, labels]. O and B may follow anything, so they follow the best path of all; an I has
+        only two predecessors, B and I of its type. That takes O(labels), not their square. The scores are relative to
+        the best path's, so that they stay small.
         """
         leader = best.argmax(axis=1)[:, None]
         begin, inside = best[:, self.begin], best[:, self.inside]
-        reached, before = np.zeros_like(best), np.repeat(leader, best.shape[1], axis=1)
-        reached[:, self.inside] = np.maximum(begin, inside) - np.take_along_axis(best, leader, axis=1)
-        before[:, self.inside] = np.where(inside > begin, self.inside, self.begin)
-        return reached, before
+        next_scores, previous = np.zeros_like(best), np.repeat(leader, best.shape[1], axis=1)
+        next_scores[:, self.inside] = np.maximum(begin, inside) - np.take_along_axis(best, leader, axis=1)
+        previous[:, self.inside] = np.where(inside > begin, self.inside, self.begin)
+        return next_scores, previous
 
     def advance_by(self, transitions: np.ndarray) -> Advance:
-        """Return `advance` with a CRF's transitions, float32 [labels, labels], as part of what paths are worth.
+        """Return `advance` with a CRF's transitions, float32 [labels, labels], added to the paths' scores.
 
-        An I has the same two choices. O and B may follow anything, which takes a table of labels x labels for each row.
-        A label whose best transition leads to less than another one's worst is left out of it; where the scores are
-        clear, that is nearly every label.
+        An I has the same two predecessors. O and B may follow anything, which takes a table of labels x labels for each
+        row. A predecessor is left out of it where its best transition gives a lower score than another predecessor's
+        worst: it cannot be on a best path. Where the model is sure, that is nearly every label.
         """
         from_begin, from_inside = transitions[self.begin, self.inside], transitions[self.inside, self.inside]
         free = np.flatnonzero(~self.is_inside)
@@ -108,20 +109,20 @@ class _Scheme:
         at_once = max(1, TABLE // max(1, steps.size))
 
         def advance(best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            reached, before = np.empty_like(best), np.empty(best.shape, np.int64)
+            next_scores, previous = np.empty_like(best), np.empty(best.shape, np.int64)
             begin, inside = best[:, self.begin] + from_begin, best[:, self.inside] + from_inside
-            reached[:, self.inside] = np.maximum(begin, inside)
-            before[:, self.inside] = np.where(inside > begin, self.inside, self.begin)
+            next_scores[:, self.inside] = np.maximum(begin, inside)
+            previous[:, self.inside] = np.where(inside > begin, self.inside, self.begin)
             for start in range(0, len(best) if len(free) else 0, at_once):
                 rows = slice(start, start + at_once)
-                worths = best[rows]
-                may_lead = worths + highest >= (worths + lowest).max(axis=1, keepdims=True)
-                sources = np.flatnonzero(may_lead.any(axis=0))
-                options = worths[:, None, sources] + steps[:, sources]  # [rows, free, sources]
+                path_scores = best[rows]
+                may_win = path_scores + highest >= (path_scores + lowest).max(axis=1, keepdims=True)
+                sources = np.flatnonzero(may_win.any(axis=0))
+                options = path_scores[:, None, sources] + steps[:, sources]  # [rows, free, sources]
                 first = options.argmax(axis=2)
-                reached[rows, free] = np.take_along_axis(options, first[:, :, None], axis=2)[:, :, 0]
-                before[rows, free] = sources[first]
-            return reached - reached.max(axis=1, keepdims=True), before
+                next_scores[rows, free] = np.take_along_axis(options, first[:, :, None], axis=2)[:, :, 0]
+                previous[rows, free] = sources[first]
+            return next_scores - next_scores.max(axis=1, keepdims=True), previous
 
         return advance
 
@@ -135,9 +136,9 @@ def viterbi(scores: list[np.ndarray], labels: list[str]) -> list[np.ndarray]:
     """Return the best label indices, int64 [n], that IOB2 allows, of each sentence's scores, float [n, labels].
 
     Exact. Argmax is the best path without the constraint, and nearly everywhere it is well-formed. So it stands but for
-    stretches around its broken steps, which are solved with free ends. Where a step into or out of a stretch is broken
-    then, stretches grow and are solved anew. What comes out is best among paths of which only some steps are
-    constrained, and as it is well-formed it is the best of those too.
+    stretches around its broken steps, which are solved anew with free ends. Where a step into or out of a stretch is
+    broken then, stretches grow and are solved again. The result is the best of all paths that keep to IOB2 within the
+    stretches; as it keeps to IOB2 everywhere, it is the best of the well-formed ones too.
     """
     flat, starts = _flatten(scores)
     if not len(flat):
@@ -208,14 +209,14 @@ def _solve(flat: np.ndarray, begins: np.ndarray, sizes: np.ndarray, advance: Adv
 
     One dynamic programme over all stretches at once: at position t those that are longer than t take part.
     """
-    best = flat[begins]  # [stretches, labels]: the worth of the best path to each label
-    before = np.empty((int(sizes[0]), *best.shape), np.int16)  # the last label but one of that path
+    best = flat[begins]  # [stretches, labels]: the score of the best path to each label
+    previous = np.empty((int(sizes[0]), *best.shape), np.int16)  # the last label but one of that path
     longer = np.searchsorted(-sizes, -np.arange(sizes[0])).tolist()  # how many stretches are longer than t
     for t, count in enumerate(longer[1:], 1):
-        reached, before[t, :count] = advance(best[:count])
-        best[:count] = flat[begins[:count] + t] + reached
+        next_scores, previous[t, :count] = advance(best[:count])
+        best[:count] = flat[begins[:count] + t] + next_scores
     label = best.argmax(axis=1)
     for t, count in reversed(list(enumerate(longer))):
         path[begins[:count] + t] = label[:count]
         if t:
-            label[:count] = before[t, np.arange(count), label[:count]]
+            label[:count] = previous[t, np.arange(count), label[:count]]

@@ -138,7 +138,7 @@ def read_model(
     """Return the model in float32. Every weight comes from the files, but for those of a new head.
 
     attention: transformers' name of an attention implementation, its own choice where None. new_head: the head is
-    drawn anew where the files have none, or one for other labels. Raises UserError where a weight is missing.
+    initialised anew where the files have none, or one for other labels. Raises UserError where a weight is missing.
     """
     from transformers import AutoModelForTokenClassification
 
@@ -156,9 +156,9 @@ def read_model(
             )
         except Exception as error:  # truncated files, wrong shapes, a hub that went away: as many exception types
             raise UserError(f"{title}: the weights cannot be loaded: {first_line(error)}") from None
-    drawn = heads(model) if new_head else []
+    new_modules = heads(model) if new_head else []
     names = list(info["missing_keys"]) + [key[0] for key in info["mismatched_keys"]]
-    missing = sorted(name for name in names if name.split(".")[0] not in drawn)
+    missing = sorted(name for name in names if name.split(".")[0] not in new_modules)
     if missing:
         raise UserError(
             f"{title}: the weights do not fit config.json: {len(missing)} are missing or of another shape, "

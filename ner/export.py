@@ -177,11 +177,11 @@ def _load(run: str | Path) -> tuple[Any, Any, dict[str, Any]]:
 
 def _split(dev: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Return the sentences of dev to calibrate on, and those to compare tags on: no text is in both."""
-    drawn = Random(0).sample(dev, min(len(dev), SAMPLES + COMPARED_SENTENCES))
-    count = min(SAMPLES, int(len(drawn) * SAMPLE_SHARE))
-    calibration = drawn[:count]
+    sample = Random(0).sample(dev, min(len(dev), SAMPLES + COMPARED_SENTENCES))
+    count = min(SAMPLES, int(len(sample) * SAMPLE_SHARE))
+    calibration = sample[:count]
     texts = {tuple(sentence.units) for sentence in calibration}
-    return calibration, [sentence for sentence in drawn[count:] if tuple(sentence.units) not in texts]
+    return calibration, [sentence for sentence in sample[count:] if tuple(sentence.units) not in texts]
 
 
 def _compare_on_dev(written: OnnxFile, tagger: Tagger, torch_tagger: Tagger, dev: list[Sentence]) -> None:

@@ -31,9 +31,9 @@ def token_loss(
     (1 - p)^2, p being the probability of the gold label, so that those that are easy count little (Lin et al. 2017).
     """
     keep = labels != IGNORED
-    kept, gold = logits[keep].float(), labels[keep]
+    labelled, gold = logits[keep].float(), labels[keep]
     if not focal:
-        return functional.cross_entropy(kept, gold, reduction="sum", label_smoothing=label_smoothing)
-    losses = functional.cross_entropy(kept, gold, reduction="none", label_smoothing=label_smoothing)
-    probability = kept.softmax(dim=-1).gather(1, gold[:, None]).squeeze(1)
+        return functional.cross_entropy(labelled, gold, reduction="sum", label_smoothing=label_smoothing)
+    losses = functional.cross_entropy(labelled, gold, reduction="none", label_smoothing=label_smoothing)
+    probability = labelled.softmax(dim=-1).gather(1, gold[:, None]).squeeze(1)
     return ((1 - probability) ** FOCUS * losses).sum()

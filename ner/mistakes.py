@@ -46,15 +46,15 @@ def pairs(gold: list[Entity], predicted: list[Entity]) -> list[Pair]:
     return sorted(matched, key=lambda pair: (pair[1] or pair[2] or ())[1:])
 
 
-def marked(found: list[Pair], side: int) -> list[tuple[str, int, int, str]]:
-    """Return the gold (side 1) or predicted (side 2) entities of `pairs`, each with its kind, in their order."""
-    entities = [(*entity, pair[0]) for pair in found if (entity := pair[side])]
+def marked(matches: list[Pair], side: int) -> list[tuple[str, int, int, str]]:
+    """Return the gold (side 1) or predicted (side 2) entities of the pairs, each with its kind, in their order."""
+    entities = [(*entity, pair[0]) for pair in matches if (entity := pair[side])]
     return sorted(entities, key=lambda entity: entity[1])
 
 
-def errors(found: list[Pair]) -> int:
+def errors(matches: list[Pair]) -> int:
     """Return how many of the pairs are errors."""
-    return sum(kind != CORRECT for kind, _, _ in found)
+    return sum(kind != CORRECT for kind, _, _ in matches)
 
 
 @dataclass
@@ -69,14 +69,14 @@ class Mistakes:
 
     def add(self, sentence: Prediction) -> None:
         """Count the entities of a sentence."""
-        found = pairs(spans(sentence.gold), spans(sentence.predicted))
+        matches = pairs(spans(sentence.gold), spans(sentence.predicted))
         self.sentences += 1
         self.units += len(sentence.units)
         self.words += sum(len(unit) > 1 for unit in sentence.units)
-        for kind, true, guess in found:
+        for kind, true, guess in matches:
             self.cells[true[0] if true else None, guess[0] if guess else None, kind] += 1
-        if errors(found):
-            self.worst.append((sentence, found))
+        if errors(matches):
+            self.worst.append((sentence, matches))
         if len(self.worst) > 20 * WORST:
             self.worst = self.ranked()
 
@@ -117,7 +117,7 @@ def summary(sentences: Iterable[Prediction]) -> dict[str, Any] | None:
         "rows": [_matrix_row(mistakes.cells, true, types) for true in [*types, None]],
         "kinds": [(name, [counts[name][kind] for kind in KINDS]) for name in types],
         "totals": [sum(counts[name][kind] for name in types) for kind in KINDS],
-        "worst": [_shown(sentence, found, mistakes.joint) for sentence, found in mistakes.ranked()],
+        "worst": [_shown(sentence, matches, mistakes.joint) for sentence, matches in mistakes.ranked()],
     }
 
 
@@ -145,11 +145,11 @@ def _matrix_row(cells: Counter, true: str | None, types: list[str]) -> dict[str,
     return {"type": true, "cells": [(sum(cell.values()), sum(cell.values()) / total, cell) for cell in row]}
 
 
-def _shown(sentence: Prediction, found: list[Pair], joint: str) -> dict[str, Any]:
+def _shown(sentence: Prediction, matches: list[Pair], joint: str) -> dict[str, Any]:
     return {
         "number": sentence.line,
-        "wrong": errors(found),
+        "wrong": errors(matches),
         "lang": language("".join(sentence.units[:LONGEST_GAP])),
-        "gold": segments(sentence.units, marked(found, 1), joint),
-        "predicted": segments(sentence.units, marked(found, 2), joint),
+        "gold": segments(sentence.units, marked(matches, 1), joint),
+        "predicted": segments(sentence.units, marked(matches, 2), joint),
     }

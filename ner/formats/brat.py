@@ -85,14 +85,14 @@ def _spans(place: str, line: str, text: str) -> list[tuple[int, int, str]]:
     match = ENTITY_LINE.fullmatch(line)
     if not match:
         raise UserError(f"{place}: {quote(line)} is no entity; {EXPECTED}")
-    type_, offsets, said = match.groups()
+    type_, offsets, expected = match.groups()
     spans = [(int(start), int(end), type_) for start, end in (part.split() for part in offsets.split(";"))]
     for start, end, _ in spans:
         if not 0 <= start < end <= len(text):
             raise UserError(f"{place}: {quote(line)} is empty or outside its text of {len(text)} characters")
-    found = " ".join(text[start:end] for start, end, _ in spans)
-    if "".join(found.split()) != "".join(said.split()):  # brat writes line ends as spaces
-        raise UserError(f"{place}: the text there is {quote(found)}, not {quote(said)}; offsets count characters")
+    actual = " ".join(text[start:end] for start, end, _ in spans)
+    if "".join(actual.split()) != "".join(expected.split()):  # brat writes line ends as spaces
+        raise UserError(f"{place}: the text there is {quote(actual)}, not {quote(expected)}; offsets count characters")
     return spans
 
 

@@ -35,9 +35,9 @@ def fits(source: Source) -> bool:
 def read(source: Source) -> Corpus:
     """Read tokens beside tags, as texts or as numbers with names. Raises UserError where something is missing."""
     path = source.path
-    wanted = _parse_name(path)
-    parts = _load(path, wanted)
-    splits = (wanted.split,) if wanted.split else SPLITS.get(source.split, (source.split,))
+    hub_name = _parse_name(path)
+    parts = _load(path, hub_name)
+    splits = (hub_name.split,) if hub_name.split else SPLITS.get(source.split, (source.split,))
     split = next((name for name in splits if name in parts), None)
     if split is None:
         raise UserError(f"{path}: has no split {' or '.join(splits)}, but {', '.join(parts)}; name one after @")
@@ -48,7 +48,7 @@ def read(source: Source) -> Corpus:
     if not tokens or not tags:
         raise UserError(f"{path}: has the columns {', '.join(rows.column_names)}; expected tokens and ner_tags or tags")
     feature = getattr(rows.features[tags], "feature", None)
-    names = {} if getattr(feature, "dtype", "") == "string" else _tag_names(wanted.name, feature)
+    names = {} if getattr(feature, "dtype", "") == "string" else _tag_names(hub_name.name, feature)
     sentences = _sentences(path, zip(rows[tokens], rows[tags], strict=True), names)
     return corpus_of_tags(path, sentences, unit_per_line=False)
 
@@ -59,27 +59,27 @@ def _parse_name(path: str) -> HubName:
     return HubName(name, config or None, split or None)
 
 
-def _load(path: str, wanted: HubName) -> Any:
+def _load(path: str, hub_name: HubName) -> Any:
     """Return the data set as {split: rows}."""
     try:
         import datasets
     except ImportError:
         raise UserError(f"{path}: hub data sets need the datasets library: pip install datasets") from None
     try:
-        if os.path.exists(f"{wanted.name}/dataset_dict.json"):
-            return datasets.load_from_disk(wanted.name)
-        if os.path.exists(wanted.name):
-            return _download(datasets.load_dataset, wanted.name, wanted.config)
+        if os.path.exists(f"{hub_name.name}/dataset_dict.json"):
+            return datasets.load_from_disk(hub_name.name)
+        if os.path.exists(hub_name.name):
+            return _download(datasets.load_dataset, hub_name.name, hub_name.config)
         with _cache_alone_where_the_hub_is_silent():
-            return _download(datasets.load_dataset, wanted.name, wanted.config)
+            return _download(datasets.load_dataset, hub_name.name, hub_name.config)
     except Exception as error:  # the library raises whatever lies below it: network, parser, disk
         if "OfflineModeIsEnabled" in str(error):
             raise UserError(
-                f"{path}: the hub does not answer, and {wanted.name!r} is not in the datasets library's cache; set "
+                f"{path}: the hub does not answer, and {hub_name.name!r} is not in the datasets library's cache; set "
                 "HF_ENDPOINT to a mirror, or give a local folder after hub:"
             ) from None
         raise UserError(
-            f"{path}: the datasets library cannot load {wanted.name!r} ({first_line(error)}); check the name, set "
+            f"{path}: the datasets library cannot load {hub_name.name!r} ({first_line(error)}); check the name, set "
             "HF_ENDPOINT to a mirror, or give a local folder after hub:"
         ) from None
 
