@@ -57,7 +57,7 @@ class Predictor:
         if isinstance(texts, str):
             raise TypeError("predict() takes a list of texts; for one text give [text]")
         units = [text_units(LONE_SURROGATE.sub("\ufffd", text), self.unit) for text in texts]
-        with_units = [index for index, found in enumerate(units) if found]
+        with_units = [index for index, units_of_text in enumerate(units) if units_of_text]
         tagged = self.tagger.tag([[unit for unit, _, _ in units[index]] for index in with_units])
         results = [Result(text, [], 1.0) for text in texts]
         for index, (tags, scores, margin) in zip(with_units, tagged, strict=True):

@@ -57,8 +57,8 @@ def _matching(pattern: str) -> dict[str, int]:
     """Return the files that a path or pattern names, sorted, with their bytes; of s3:// and the like too."""
     if "://" not in pattern:
         pattern = os.path.expanduser(pattern)
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-        return {os.path.abspath(path): os.path.getsize(path) for path in sorted(found) if os.path.isfile(path)}
+        paths = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        return {os.path.abspath(path): os.path.getsize(path) for path in sorted(paths) if os.path.isfile(path)}
     from pyarrow import fs
 
     fixed = WILDCARD.split(pattern, maxsplit=1)[0]

@@ -22,8 +22,8 @@ class Stop:
         self.requested = 0  # the first signal to any process, as of the last agreement
         self.accelerator = accelerator
         self._received = 0  # the first signal to this process; written by the handler alone, at any moment
-        self._before: dict[int, Any] = {}
-        self._at_once = False
+        self._before: dict[int, Any] = {}  # the handlers that stood there before
+        self._at_once = False  # whether a signal ends the work under way, by an exception
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():

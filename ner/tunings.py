@@ -74,7 +74,7 @@ def _lora(config: Any, heads: list[str], **options: Any) -> Any:
 
 
 def _adalora(config: Any, heads: list[str]) -> Any:
-    """AdaLoRA begins with half as much rank again as it ends with, and gives up what counts least on the way."""
+    """AdaLoRA begins with 1.5 times the rank that it ends with, and masks the least important ranks on the way."""
     import peft
 
     rank = config.lora.r
