@@ -119,9 +119,11 @@ def _write_compared(
     if "int8" in kinds:  # made from the float32 file
         files_by_kind["int8"] = onnx_writer.write_int8(model, meta["labels"], samples, folder)
     written = [files_by_kind[kind] for kind in kinds]
-    for row in written if compared else []:
-        engine = OnnxEngine(folder / row.file, meta["labels"])
-        _compare_on_dev(row, Tagger(engine, tokenizer, meta), Tagger(model, tokenizer, meta), compared)
+    if compared:
+        torch_tags = _tags(Tagger(model, tokenizer, meta), compared)
+        for row in written:
+            engine = OnnxEngine(folder / row.file, meta["labels"])
+            _compare_on_dev(row, _tags(Tagger(engine, tokenizer, meta), compared), torch_tags, compared)
     return written
 
 
@@ -184,11 +186,14 @@ def _split(dev: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     return calibration, [sentence for sentence in sample[count:] if tuple(sentence.units) not in texts]
 
 
-def _compare_on_dev(written: OnnxFile, tagger: Tagger, torch_tagger: Tagger, dev: list[Sentence]) -> None:
-    """Tag dev with the file and with PyTorch; note in `written` how they compare and whether it is the default."""
-    texts, gold = [sentence.units for sentence in dev], [sentence.tags for sentence in dev]
-    tags = [row for row, _, _ in tagger.tag(texts)]
-    torch_tags = [row for row, _, _ in torch_tagger.tag(texts)]
+def _tags(tagger: Tagger, sentences: list[Sentence]) -> list[list[str]]:
+    """Return the tags that the tagger gives each sentence."""
+    return [tags for tags, _, _ in tagger.tag([sentence.units for sentence in sentences])]
+
+
+def _compare_on_dev(written: OnnxFile, tags: list[list[str]], torch_tags: list[list[str]], dev: list[Sentence]) -> None:
+    """Note in `written` how the file's tags of dev compare with PyTorch's, and whether it is the default."""
+    gold = [sentence.tags for sentence in dev]
     f1, torch_f1 = score(gold, tags)["micro"]["f1"], score(gold, torch_tags)["micro"]["f1"]
     pairs = [pair for rows in zip(tags, torch_tags, strict=True) for pair in zip(*rows, strict=True)]
     written.same_tags = sum(tag == torch_tag for tag, torch_tag in pairs) / max(1, len(pairs))

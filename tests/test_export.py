@@ -180,10 +180,10 @@ def test_no_sentence_is_both_calibrated_on_and_scored(learned, monkeypatch, coun
         calibrated.update(tokenizer.decode(row, skip_special_tokens=True).replace(" ", "") for row in rows)
         quantize(source, target, samples)
 
-    def watched_compare(written, tagger, torch_tagger, dev):
+    def watched_compare(written, tags, torch_tags, dev):
         ids = [tokenizer(sentence.units, is_split_into_words=True).input_ids for sentence in dev]
         scored.extend(tokenizer.decode(row, skip_special_tokens=True).replace(" ", "") for row in ids)
-        compare(written, tagger, torch_tagger, dev)
+        compare(written, tags, torch_tags, dev)
 
     monkeypatch.setattr(onnx_writer, "quantize", watched_quantize)
     monkeypatch.setattr(export, "_compare_on_dev", watched_compare)
@@ -214,12 +214,9 @@ def test_a_file_may_lose_three_tenths_of_a_point(monkeypatch, loss, default):
     f1 = iter([0.9 - loss, 0.9])
     monkeypatch.setattr(export, "score", lambda gold, tags: {"micro": {"f1": next(f1)}})
     written = onnx_writer.OnnxFile("model_int8.onnx", 1, 0.0, 1.0)
-
-    class Fixed:
-        def tag(self, texts):
-            return [(["O"] * len(chars), None, 1.0) for chars in texts]
-
-    export._compare_on_dev(written, Fixed(), Fixed(), sentences(3))
+    dev = sentences(3)
+    tags = [["O"] * len(sentence.units) for sentence in dev]
+    export._compare_on_dev(written, tags, tags, dev)
     assert written.default is default
 
 
@@ -245,9 +242,13 @@ def test_an_export_for_other_programs_uses_dev_as_a_finished_run_does(learned, m
     (learned / "predictions.jsonl").write_text(json.dumps({"chars": ["北"]}) + "\n", "utf-8")
     inside = export.write_onnx(learned, "int8", sentences(60))
     of_finished, calibrated = calibrated, []
+    taggers, tags = [], export._tags
+    monkeypatch.setattr(export, "_tags", lambda tagger, dev: taggers.append(tagger) or tags(tagger, dev))
     exact, int8 = export.export(learned, tmp_path / "onnx", int8=True)
     assert (int8.sentences, int8.f1, int8.torch_f1) == (inside.sentences, inside.f1, inside.torch_f1)
     assert exact.f1 == exact.torch_f1 and not caplog.records
+    kinds = [type(tagger.engine) for tagger in taggers]
+    assert kinds == [engines.TorchEngine, engines.OnnxEngine, engines.OnnxEngine], "PyTorch tags dev once for both"
     for one, other in zip(of_finished, calibrated, strict=True):
         np.testing.assert_array_equal(one["input_ids"], other["input_ids"])
 
