@@ -4,8 +4,9 @@
     python benchmarks/measure.py run scores-msra            # write benchmarks/results/scores-msra.json
     python benchmarks/measure.py run predict-msra --times 3
 
-A file under benchmarks/results/ is one measurement: {"command", "commit", "date", "machine", "threads", "versions",
-"runs"}, where "runs" holds what the benchmark's --json wrote, once for each of --times. `python benchmarks/tables.py
+A file under benchmarks/results/ is one measurement: {"command", "commit", "date", "machine", "cpu", "threads",
+"versions", "runs"}, where "runs" holds what the benchmark's --json wrote, once for each of --times. Speeds depend on
+what the processor can do, so each kind of it has a file of its own: train-msra.avx2.json. `python benchmarks/tables.py
 fill` makes the documents' tables of them.
 
 ner_data, which is not shipped, is looked for in the folder that the variable NER_DATA names.
@@ -16,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,38 +25,39 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SEEDS = "--seeds 1 2 3 4 5"
+sys.path.insert(0, str(ROOT))
+SEEDS, SOFTMAX_SEEDS = "--seeds 1 2 3 4 5", "--seeds 11 12 13 14 15"
 METHODS = "lora full dora rslora adalora ia3 bitfit freeze prompt prefix ptuning"
+NER_LORA = "benchmarks/scores.py --data ner_data --tuning lora"
 NER_EPOCHS = "-- --epochs 8"
 
 # Name of a measurement -> its command, without `python` and `--json`.
 MEASUREMENTS = {
-    "scores-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora full {SEEDS} {NER_EPOCHS}",
-    "scores-ner_data-300": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
-    "--max_train_sentences 300",
+    "scores-ner_data": f"{NER_LORA} full {SEEDS} {NER_EPOCHS}",
+    "scores-ner_data-300": f"{NER_LORA} {SEEDS} {NER_EPOCHS} --max_train_sentences 300",
     "scores-msra": f"benchmarks/scores.py --tuning lora {SEEDS}",
     "scores-msra-all": "benchmarks/scores.py --tuning lora --seeds 1 -- --max_train_sentences null --epochs 3",
-    "softmax-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --head softmax",
+    "softmax-ner_data": f"{NER_LORA} {SOFTMAX_SEEDS} {NER_EPOCHS} --head softmax",
     "softmax-msra": f"benchmarks/scores.py --tuning lora {SEEDS} -- --head softmax",
-    "fgm-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} --adversarial fgm",
-    "smoothing-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
-    "--head softmax --label_smoothing 0.1",
-    "focal-ner_data": f"benchmarks/scores.py --data ner_data --tuning lora {SEEDS} {NER_EPOCHS} "
-    "--head softmax --loss focal",
+    "fgm-ner_data": f"{NER_LORA} {SEEDS} {NER_EPOCHS} --adversarial fgm",
+    "smoothing-ner_data": f"{NER_LORA} --seeds 11 12 13 {NER_EPOCHS} --head softmax --label_smoothing 0.1",
+    "focal-ner_data": f"{NER_LORA} --seeds 11 12 13 {NER_EPOCHS} --head softmax --loss focal",
     "methods-ner_data": f"benchmarks/scores.py --data ner_data --tuning {METHODS} --seeds 1 {NER_EPOCHS}",
     "train-ner_data": "benchmarks/train.py --data ner_data --sentences 500 --epochs 2",
     "train-msra": "benchmarks/train.py",
     "base-size": "benchmarks/base_size.py",
-    "ray-msra": "benchmarks/cluster.py --megabytes 2",
+    "ray-msra": "benchmarks/cluster.py",
+    "kernels": "benchmarks/kernels.py",
     "predict-msra": "benchmarks/predict.py --sentences 300",
     "predict-ner_data": "benchmarks/predict.py --data ner_data/test --sentences 300",
 }
+SPEEDS = ("train-", "base-size", "ray-", "kernels", "predict-")  # how their names begin
 
 
-def load(name: str) -> dict | None:
-    """Return a measurement, or None where it has not been made."""
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+def load(name: str) -> list[dict]:
+    """Return the measurements of that name: a score's one, a speed's one for each kind of processor; maybe none."""
+    files = [*RESULTS.glob(f"{name}.json"), *sorted(RESULTS.glob(f"{name}.*.json"), reverse=True)]
+    return [json.loads(file.read_text("utf-8")) for file in files]
 
 
 def measure(name: str, times: int) -> None:
@@ -69,15 +72,19 @@ def measure(name: str, times: int) -> None:
             if status := subprocess.run(command, cwd=ROOT).returncode:
                 raise SystemExit(f"{' '.join(command)}: ended with status {status}")
             runs.append(json.loads(file.read_text("utf-8")))
+    measurement = circumstances(name) | {"runs": runs}
+    kind = "." + re.sub(r"\W+", "-", measurement["cpu"].lower()) if name.startswith(SPEEDS) else ""
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(circumstances(name) | {"runs": runs}, ensure_ascii=False, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(measurement, ensure_ascii=False, indent=1)
+    (RESULTS / f"{name}{kind}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def circumstances(name: str) -> dict:
-    """Return what a figure means nothing without: command, commit, date, machine, threads, versions."""
+    """Return what a figure means nothing without: all of a measurement but its runs."""
     import torch
     import transformers
+
+    from ner.precision import cpu_has_bfloat16
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     processors = Path("/proc/cpuinfo")
@@ -91,14 +98,16 @@ def circumstances(name: str) -> dict:
         "commit": commit.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine,
+        "cpu": torch.backends.cpu.get_cpu_capability() + (", bf16" if cpu_has_bfloat16() else ""),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
 def source(measurement: dict) -> str:
-    """Return the commit and the date of a measurement."""
-    return f"{measurement['commit']}, {measurement['date']}"
+    """Return the commit and the date of a measurement, and the kind of processor where it depends on that."""
+    cpu = [measurement["cpu"]] if "cpu" in measurement else []
+    return ", ".join([*cpu, measurement["commit"], measurement["date"]])
 
 
 def main() -> None:
@@ -112,8 +121,8 @@ def main() -> None:
     if options.action == "run":
         return measure(options.name, options.times)
     for name, command in MEASUREMENTS.items():
-        there = load(name)
-        print(f"{name:22}{source(there) if there else 'not measured':22}python {command}")
+        for measured in [source(measurement) for measurement in load(name)] or ["not measured"]:
+            print(f"{name:22}{measured:36}python {command}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The tables of speed and memory in docs/, which tables.py writes: the median of the runs, with lowest and highest."""
 
 from collections.abc import Iterable
-from statistics import median
+from statistics import median, quantiles
 
 from measure import load, source
 
@@ -25,22 +25,44 @@ def training_speed(chinese: bool) -> tuple[list[str], Rows]:
     head = ["training", "tokens/s", "against", "its tokens/s", "ratio", "F1", "peak memory, MB", "command", "measured"]
     rows = []
     for name in ("train-ner_data", "train-msra"):
-        if not (measurement := load(name)):
-            continue
-        for tuning in measurement["runs"][0]:
-            runs = [run[tuning] for run in measurement["runs"]]
-            for prefix, peer in PEERS.items():
-                if f"{prefix}tokens_per_second" not in runs[0]:
-                    continue
-                ratio = "ratio" if prefix == "peer_" else f"{prefix}ratio"
-                speed, memory, f1 = (
-                    [figure([run[before + key] for run in runs], digits) for before in ("", prefix)]
-                    for key, digits in (("tokens_per_second", 0), ("peak_mb", 0), ("f1", 3))
-                )
-                cells = [f"{name.removeprefix('train-')}, `{tuning}`", speed[0], peer, speed[1]]
-                cells += [figure([run[ratio] for run in runs], 1), " / ".join(f1), " / ".join(memory)]
-                rows.append([*cells, f"`{measurement['command']}`", source(measurement)])
+        for measurement in load(name):
+            for tuning in measurement["runs"][0]:
+                training = f"{name.removeprefix('train-')}, `{tuning}`"
+                runs = [run[tuning] for run in measurement["runs"]]
+                for prefix, peer in PEERS.items():
+                    if f"{prefix}tokens_per_second" in runs[0]:
+                        command = f"`{measurement['command']}`"
+                        rows.append([training, *against(runs, prefix, peer), command, source(measurement)])
     return head, rows
+
+
+def against(runs: list[dict], prefix: str, peer: str) -> list[str]:
+    """Return the cells that compare main.py's runs with one peer's, whose figures begin with `prefix`."""
+    speed, memory, f1 = (
+        [figure([run[before + key] for run in runs], digits) for before in ("", prefix)]
+        for key, digits in (("tokens_per_second", 0), ("peak_mb", 0), ("f1", 3))
+    )
+    ratio = figure([run["ratio" if prefix == "peer_" else f"{prefix}ratio"] for run in runs], 1)
+    return [speed[0], peer, speed[1], ratio, " / ".join(f1), " / ".join(memory)]
+
+
+def kernels(chinese: bool) -> tuple[list[str], Rows]:
+    """The table of docs/performance.md: the time of a training step without each kernel, the step with all being 1."""
+    head = ["without", "`lora`", "`full`", "command", "measured"]
+    rows = []
+    for measurement in load("kernels"):
+        steps = measurement["runs"][0]
+        for name in steps["lora"]:
+            cells = [quartiles(steps[tuning][name]) if name in steps[tuning] else "–" for tuning in ("lora", "full")]
+            what = "all of them (`kernels: plain`)" if name == "plain" else name
+            rows.append([what, *cells, f"`{measurement['command']}`", source(measurement)])
+    return head, rows
+
+
+def quartiles(values: list[float]) -> str:
+    """Return the median with the lowest and the highest quarter: `1.06 (1.04–1.09)`."""
+    low, middle, high = quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
 def tagging_speed(chinese: bool) -> tuple[list[str], Rows]:
@@ -57,7 +79,7 @@ def tagging_speed(chinese: bool) -> tuple[list[str], Rows]:
     }
     rows = []
     for name in ("predict-msra", "predict-ner_data"):
-        if measurement := load(name):
+        for measurement in load(name):
             cells = [figure([run[key] for run in measurement["runs"]], digits) for key, digits in columns.values()]
             command = f"`{measurement['command']}`"
             rows.append([name.removeprefix("predict-"), *cells, command, source(measurement)])
@@ -67,34 +89,32 @@ def tagging_speed(chinese: bool) -> tuple[list[str], Rows]:
 def base_size(chinese: bool) -> tuple[list[str], Rows]:
     """The table of docs/performance.md: training steps at the size of bert-base and of the embedded encoder."""
     head = ["encoder", "tuning", "seconds a step", "peak memory, MB", "tokens/s", "ratio", "command", "measured"]
-    if not (measurement := load("base-size")):
-        return head, []
     names = {"base": "12 × 768, random", "embedded": "the embedded one"}
     rows = []
-    for size, tunings in measurement["runs"][0].items():
-        for tuning in tunings:
-            runs = [run[size][tuning] for run in measurement["runs"]]
-            pairs = [
-                " / ".join(figure([run[prefix + key] for run in runs], digits) for prefix in ("", "peer_"))
-                for key, digits in (("seconds_per_step", 2), ("peak_mb", 0), ("tokens_per_second", 0))
-            ]
-            ratio = figure([run["ratio"] for run in runs], 1)
-            command = f"`{measurement['command']}`"
-            rows.append([names[size], f"`{tuning}`", *pairs, ratio, command, source(measurement)])
+    for measurement in load("base-size"):
+        for size, tunings in measurement["runs"][0].items():
+            for tuning in tunings:
+                runs = [run[size][tuning] for run in measurement["runs"]]
+                pairs = [
+                    " / ".join(figure([run[prefix + key] for run in runs], digits) for prefix in ("", "peer_"))
+                    for key, digits in (("seconds_per_step", 2), ("peak_mb", 0), ("tokens_per_second", 0))
+                ]
+                ratio = figure([run["ratio"] for run in runs], 1)
+                command = f"`{measurement['command']}`"
+                rows.append([names[size], f"`{tuning}`", *pairs, ratio, command, source(measurement)])
     return head, rows
 
 
 def ray_speed(chinese: bool) -> tuple[list[str], Rows]:
     """The table of docs/cluster.md: Ray's workers of one thread against one process of as many threads."""
     head = ["workers", "characters/s", "one process", "ratio", "with all loading", "one process", "command", "measured"]
-    if not (measurement := load("ray-msra")):
-        return head, []
     rows = []
-    for count in measurement["runs"][0]["ray"]:
-        ray, plain = ([run[way][count] for run in measurement["runs"]] for way in ("ray", "plain"))
-        cells = [figure([run[key] for run in way]) for key in ("loaded", "whole") for way in (ray, plain)]
-        ratio = figure([run["ratio"] for run in ray], 2)
-        rows.append([count, *cells[:2], ratio, *cells[2:], f"`{measurement['command']}`", source(measurement)])
+    for measurement in load("ray-msra"):
+        for count in measurement["runs"][0]["ray"]:
+            ray, plain = ([run[way][count] for run in measurement["runs"]] for way in ("ray", "plain"))
+            cells = [figure([run[key] for run in way]) for key in ("loaded", "whole") for way in (ray, plain)]
+            ratio = figure([run["ratio"] for run in ray], 2)
+            rows.append([count, *cells[:2], ratio, *cells[2:], f"`{measurement['command']}`", source(measurement)])
     return head, rows
 
 
@@ -102,10 +122,10 @@ def cost(chinese: bool) -> tuple[list[str], Rows]:
     """The table of docs/cluster.md: hours of one machine or one worker, from the measured rates."""
     head = ["to tag", "with", "hours", "at characters a second", "measured"]
     rates = []
-    if measurement := load("predict-msra"):
+    for measurement in load("predict-msra"):
         rate = median(run["characters_per_second"] for run in measurement["runs"])
         rates.append(("one process on all cores", rate, source(measurement)))
-    if measurement := load("ray-msra"):
+    for measurement in load("ray-msra"):
         rate = median(run["ray"]["1"]["loaded"] for run in measurement["runs"])
         rates.append(("one Ray worker of one thread", rate, source(measurement)))
     amounts = (("a million sentences of 43 characters", 43e6), ("a billion characters", 1e9))

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from measure import load, source  # noqa: E402
-from speed_tables import Rows, base_size, cost, ray_speed, tagging_speed, training_speed  # noqa: E402
+from speed_tables import Rows, base_size, cost, kernels, ray_speed, tagging_speed, training_speed  # noqa: E402
 
 from ner.tunings import BASE_SIZE, TUNINGS  # noqa: E402
 
@@ -57,30 +57,28 @@ def counted(seeds: list[dict], count: str, average: str) -> list[float]:
 
 def score_rows(names: dict[str, str]) -> Rows:
     """Return a row for each tuning of each measurement: data, tuning, scores on test and dev, command, commit."""
-    rows = []
-    for name, data in names.items():
-        if not (measurement := load(name)):
-            continue
-        for tuning, seeds in measurement["runs"][0].items():
-            types = sorted(seeds[0]["strict"].get("types", {}))
-            by_type = [f"{kind} {mean(seed['strict']['types'][kind]['f1'] for seed in seeds):.3f}" for kind in types]
-            cells = [
-                spread(counted(seeds, *which))
-                for which in (("strict", "micro"), ("first49", "micro"), ("strict", "macro"))
-            ]
-            dev = spread(seed["dev_f1"] for seed in seeds if "dev_f1" in seed)
-            rows.append(
-                [
-                    data,
-                    f"`{tuning}`",
-                    *cells,
-                    dev,
-                    ", ".join(by_type) or "–",
-                    f"`{measurement['command']}`",
-                    source(measurement),
-                ]
-            )
-    return rows
+    return [
+        score_row(data, tuning, seeds, measurement)
+        for name, data in names.items()
+        for measurement in load(name)
+        for tuning, seeds in measurement["runs"][0].items()
+    ]
+
+
+def score_row(data: str, tuning: str, seeds: list[dict], measurement: dict) -> list[str]:
+    """Return the row of one tuning of a measurement."""
+    types = sorted(seeds[0]["strict"].get("types", {}))
+    by_type = [f"{kind} {mean(seed['strict']['types'][kind]['f1'] for seed in seeds):.3f}" for kind in types]
+    averages = (("strict", "micro"), ("first49", "micro"), ("strict", "macro"))
+    return [
+        data,
+        f"`{tuning}`",
+        *(spread(counted(seeds, *which)) for which in averages),
+        spread(seed["dev_f1"] for seed in seeds if "dev_f1" in seed),
+        ", ".join(by_type) or "–",
+        f"`{measurement['command']}`",
+        source(measurement),
+    ]
 
 
 def scores(chinese: bool) -> tuple[list[str], Rows]:
@@ -127,7 +125,7 @@ def methods(chinese: bool) -> tuple[list[str], Rows]:
     if chinese:
         head = ["方法", "F1，ner_data", "可训练参数量", "保存大小"]
     rows = []
-    if measurement := load("methods-ner_data"):
+    for measurement in load("methods-ner_data"):
         for tuning, (run, *_) in measurement["runs"][0].items():
             size = f"{run['saved_mb']:.1f} MB" if run["saved_mb"] >= 1 else f"{run['saved_mb'] * 1000:.0f} kB"
             rows.append([f"`{tuning}`", f"{run['strict']['micro']['f1']:.3f}", f"{run['trained_weights']:,}", size])
@@ -152,6 +150,7 @@ TABLES: dict[str, Callable[[bool], tuple[list[str], Rows]]] = {
     "methods": methods,
     "rates": rates,
     "training speed": training_speed,
+    "kernels": kernels,
     "base size": base_size,
     "tagging speed": tagging_speed,
     "ray speed": ray_speed,
