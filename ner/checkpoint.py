@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ner import adalora, saved_model
+from ner import run as folder
 from ner.errors import UserError
 from ner.files import remove_leftovers, replacing, temporary_path, write_text
 from ner.optimizer import Optimizer
@@ -110,8 +111,6 @@ class Checkpoints:
         self.seconds, self.last, self.writes = minutes * 60, time.monotonic(), writes
         self.failed = False  # the last write did
         self.unsaved_best: dict[str, torch.Tensor] | None = None  # weights of a best epoch that are not on disk yet
-        if writes:
-            (self.run / FILE).parent.mkdir(exist_ok=True)
 
     def resume(self) -> Progress | None:
         """Put the run's checkpoint, if there is one, into model and optimizer. Return where the run stands.
@@ -165,6 +164,12 @@ class Checkpoints:
             return saved_model.load(self.run / "model")[2]["epoch"] == progress.best
         except UserError:
             return False
+
+    def begin(self) -> None:
+        """Make the checkpoint's folder, as training begins: from now on the run's folder and its log stay."""
+        if self.writes:
+            (self.run / FILE).parent.mkdir(exist_ok=True)
+            folder.write_held_log()
 
     def due(self) -> bool:
         """Return whether it is time for the next checkpoint."""

@@ -58,15 +58,45 @@ def check_same(config: settings.Config, run: Path) -> None:
 def opened(run: Path, writes: bool) -> Iterator[None]:
     """Hold the folder's lock and log to the terminal and train.log meanwhile; the process that `writes` does both.
 
-    A fresh folder goes away again when the run ends before training began. Raises UserError for what the system says
-    about the run's files.
+    A run that fails before training begins leaves nothing: a fresh folder is removed, and the log of a run that was to
+    go on stays as it was. Raises UserError for what the system says about the run's files.
     """
     if not writes:
         log.setLevel(logging.CRITICAL)
         yield
         return
-    with _named_errors(run), _locked(run), _removed_if_unused(run), _logged(run / "train.log"):
+    is_fresh = not (run / "config.yaml").exists()
+    with _named_errors(run), _locked(run), _removed_if_unused(run, is_fresh), _logged(run / "train.log", not is_fresh):
         yield
+
+
+class _LogFile(logging.FileHandler):
+    """A run's train.log. With `hold`, its lines stay in memory until write_held()."""
+
+    def __init__(self, path: Path, hold: bool):
+        super().__init__(path, encoding="utf-8")
+        self.is_holding = hold
+        self.held: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.is_holding:
+            self.held.append(record)
+        else:
+            super().emit(record)
+
+    def write_held(self) -> None:
+        """Write the lines held so far, and every later one at once."""
+        self.is_holding = False
+        for record in self.held:
+            self.handle(record)
+        self.held.clear()
+
+
+def write_held_log() -> None:
+    """Write what `opened` held back from train.log: the run that was to be resumed does go on."""
+    for handler in logging.root.handlers:
+        if isinstance(handler, _LogFile):
+            handler.write_held()
 
 
 @contextlib.contextmanager
@@ -103,9 +133,8 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _removed_if_unused(run: Path) -> Iterator[None]:
+def _removed_if_unused(run: Path, is_fresh: bool) -> Iterator[None]:
     """Remove a fresh folder when the block raises before anything of a training lies in it."""
-    is_fresh = not (run / "config.yaml").exists()
     try:
         yield
     except BaseException:
@@ -115,10 +144,13 @@ def _removed_if_unused(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Log to the terminal and to the file `path` during the block; the file gets a UserError that ends it too."""
+def _logged(path: Path, hold: bool) -> Iterator[None]:
+    """Log to the terminal and to the file `path` during the block; the file gets a UserError that ends it too.
+
+    hold: keep the file's lines in memory until write_held_log(); a UserError before that discards them.
+    """
     raise_before, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk must not end a run by its log
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _LogFile(path, hold)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
     try:
         for handler in handlers:
@@ -128,8 +160,11 @@ def _logged(path: Path) -> Iterator[None]:
         yield
     except UserError as error:  # the terminal gets it from errors.command
         file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), None))
+        if file.is_holding:
+            file.held.clear()
         raise
     finally:
+        file.write_held()  # of a resume that was not refused but failed otherwise
         logging.raiseExceptions = raise_before
         for handler in handlers:
             logging.root.removeHandler(handler)

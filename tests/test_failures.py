@@ -15,7 +15,7 @@ from runs import exit_code, untimed_metrics
 from safetensors.torch import load_file
 
 import main
-from ner import checkpoint, saved_model
+from ner import checkpoint, saved_model, training
 from ner import run as folder
 from ner import scores as scoring
 
@@ -131,8 +131,7 @@ def test_a_folder_that_goes_away_in_mid_run_is_named(tmp_path, monkeypatch, caps
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch):
-    handler = logging.FileHandler
-    monkeypatch.setattr(logging, "FileHandler", lambda path, **keys: handler("/dev/full", **keys))
+    monkeypatch.setattr(logging.FileHandler, "_open", lambda handler: Path("/dev/full").open("a"))
     assert exit_code(*runs.argv(tmp_path)) == 0
     assert (tmp_path / "run" / "test.json").exists()
 
@@ -149,6 +148,13 @@ def test_an_output_folder_that_cannot_be_made_is_named_at_once(tmp_path, capsys,
 def test_a_run_that_never_began_leaves_no_folder(tmp_path, capsys):
     assert exit_code(*runs.argv(tmp_path / "out", train=tmp_path / "missing")) == 2
     assert exit_code(*runs.argv(tmp_path / "out", pretrained=tmp_path)) == 2
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_run_whose_config_cannot_be_written_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "write_text", failing(training.write_text, {1}))
+    assert exit_code(*runs.argv(tmp_path / "out")) == 2
+    assert "config.yaml: cannot be read or written" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
 

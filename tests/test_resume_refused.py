@@ -41,12 +41,13 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path, capsys):
     before = contents(tmp_path / "run")
     tiny.encoder(encoder, seed=1)  # other weights
     assert "of the encoder" in refused(capsys, "--resume", tmp_path / "run", "--epochs", 2, "--test", "null")
+    assert "may not differ" in refused(capsys, "--resume", tmp_path / "run", "--seed", 2)
     assert contents(tmp_path / "run") == before
 
 
 def contents(run):
-    """The bytes of a run's files, but for the log, which tells of the attempt."""
-    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "train.log"}
+    """The bytes of a run's files."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("key", "value"), [("tuning", "lora"), ("seed", 2), ("batch_size", 8), ("max_length", 32),

@@ -47,9 +47,22 @@ def test_a_process_that_does_not_write_logs_nothing(tmp_path, capsys):
 def test_the_file_gets_the_error_that_ends_a_run(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(UserError), run.opened(tmp_path, writes=True):
+        log.info("before")
+        run.write_held_log()
         raise UserError("train.txt:3: no tag")
-    assert "ERROR - train.txt:3: no tag" in (tmp_path / "train.log").read_text()
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" - ")[2:] for line in lines] == [["INFO", "before"], ["ERROR", "train.txt:3: no tag"]]
     assert "no tag" not in capsys.readouterr().out, "the terminal gets it once, on stderr"
+
+
+@pytest.mark.parametrize(("error", "written"), [(UserError("refused"), ""), (RuntimeError("odd"), "before\n")])
+def test_the_log_of_a_run_that_is_refused_stays_as_it_was(tmp_path, capsys, error, written):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(type(error)), run.opened(tmp_path, writes=True):
+        log.info("before")
+        raise error
+    assert (tmp_path / "train.log").read_text().endswith(written) and "before" in capsys.readouterr().out
+    assert written or not (tmp_path / "train.log").read_text()
 
 
 @pytest.mark.parametrize("error", [UserError("wrong"), KeyboardInterrupt(), RuntimeError("odd")])
@@ -108,7 +121,7 @@ def test_a_folder_that_may_not_be_read_or_written_is_one_line(tmp_path, monkeypa
         file = tmp_path if call == "open" else tmp_path / "train.log"
         raise PermissionError(errno.EACCES, "Permission denied", str(file))
 
-    monkeypatch.setattr(*((os, "open") if call == "open" else (logging, "FileHandler")), refused)
+    monkeypatch.setattr(*((os, "open") if call == "open" else (logging.FileHandler, "_open")), refused)
     with pytest.raises(UserError, match="cannot be read or written: Permission denied"), run.opened(tmp_path, True):
         raise AssertionError("not reached")
 
