@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> dict[str, str]:
 
 
 def help_text(values: dict[str, str]) -> str:
-    """Return what --help prints. values: {dotted key: the value in use, as YAML}."""
+    """Return what --help prints. values: {dotted key: the value in use, as text}."""
     lines = [TITLE]
     for key, field in FIELDS.items():
         if key in GROUPS:

@@ -19,7 +19,7 @@ import pydantic
 import yaml
 
 from ner import command_line, config_file
-from ner.config_schema import FIELDS, GROUPS, SAMPLE, Config, Lora, allowed
+from ner.config_schema import EFFECT_ONLY_WITH, FIELDS, GROUPS, SAMPLE, Config, Lora, allowed
 from ner.errors import UserError, command
 from ner.paths import ROOT, expand_home, portable_path, resolve_path
 from ner.tunings import BASE_SIZE, TUNINGS
@@ -62,7 +62,7 @@ def load(argv: list[str] | None = None) -> tuple[Config, Flags]:
     config = _checked(values, places)
     _check_head(config, places)
     if wants_help:
-        print(command_line.help_text({key: _yaml(_portable(config, key)) for key in FIELDS}))
+        print(command_line.help_text({key: _in_help(_portable(config, key)) for key in FIELDS}))
         sys.exit(0)
     return with_defaults(config), flags
 
@@ -114,6 +114,21 @@ def rate_warning(config: Config) -> str | None:
             f"forgets what it was pretrained on and F1 stays 0; try {suits:g}"
         )
     return None
+
+
+def no_effect_warnings(config: Config) -> list[str]:
+    """Return a line on keys that were changed from their defaults, but have no effect in this config.
+
+    They are no error, so that one file serves several tuning methods.
+    """
+    warnings = []
+    for keys, (other, values) in EFFECT_ONLY_WITH.items():
+        changed = [key for key in keys if get(config, key) != FIELDS[key].default]
+        if changed and get(config, other) not in values:
+            verb = "has" if len(changed) == 1 else "have"
+            here, there = f"{other} {get(config, other)}", ", ".join(values)
+            warnings.append(f"{', '.join(changed)} {verb} no effect with {here}, only with {there}")
+    return warnings
 
 
 def dump(config: Config) -> str:
@@ -239,6 +254,11 @@ def _hidden_size(pretrained: str) -> int:
 def _portable(config: Config, key: str) -> Any:
     value = get(config, key)
     return portable_path(value) if key in PATHS and value is not None else value
+
+
+def _in_help(value: Any) -> str:
+    """A value as --help shows it in [brackets], so a list without brackets of its own."""
+    return ", ".join(value) or "none" if isinstance(value, list) else _yaml(value)
 
 
 def _commented(text: str, comment: str | None) -> str:

@@ -133,6 +133,15 @@ def _flat(prefix: str, model: type[pydantic.BaseModel]) -> dict[str, pydantic.fi
 
 
 FIELDS = _flat("", Config)  # dotted key -> pydantic field, in the order of the file
+LOW_RANK = tuple(name for name, tuning in TUNINGS.items() if tuning.low_rank)
+VIRTUAL_TOKENS = tuple(name for name, tuning in TUNINGS.items() if tuning.virtual_tokens)
+# Keys -> another key and its values; the keys have no effect with any other value of it.
+EFFECT_ONLY_WITH: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
+    tuple(key for key in FIELDS if key.startswith("lora.")): ("tuning", LOW_RANK),
+    ("virtual_tokens",): ("tuning", VIRTUAL_TOKENS),
+    ("crf_learning_rate",): ("head", ("crf",)),
+    ("adversarial_epsilon",): ("adversarial", ("fgm",)),
+}
 _JSON_SCHEMA = Config.model_json_schema()["properties"] | {
     f"lora.{name}": schema for name, schema in Lora.model_json_schema()["properties"].items()
 }

@@ -16,7 +16,7 @@ from torch import nn
 from ner import adalora, batches, encoder, kernels, saved_model
 from ner import model as models
 from ner.adversarial import FastGradient
-from ner.config import Config, dump, rate_warning
+from ner.config import Config, dump, no_effect_warnings, rate_warning
 from ner.corpus import Corpus, label_list
 from ner.crf import Crf
 from ner.errors import UserError
@@ -173,6 +173,8 @@ def build(config: Config, corpus: Corpus, accelerator: "Accelerator") -> Trainin
     log.info("device %s, %d process(es), %d thread(s)", device, accelerator.num_processes, torch.get_num_threads())
     log.info("precision %s: %s", str(dtype).removeprefix("torch."), reason)
     if warning := rate_warning(config):
+        log.warning("%s", warning)
+    for warning in no_effect_warnings(config):
         log.warning("%s", warning)
     torch.manual_seed(config.seed)
     attention = kernels.attention_implementation(device, config.kernels)

@@ -25,9 +25,10 @@ class Tuning:
     to fail.
 
     trains: pattern of the names of the encoder's weights that are trained. adapter: makes peft's config instead, from
-    the run's config, the names of the head's modules and `options`. virtual_tokens: the adapter puts tokens before
-    each window. virtual_logits: peft's own model gives logits for them too. merges: the adapter can be added into the
-    encoder's weights; merges_plainly: as W + scale·B·A, for which peft is not needed.
+    the run's config, the names of the head's modules and `options`. low_rank: the adapter is set by the config's group
+    `lora:`. virtual_tokens: the adapter puts tokens before each window. virtual_logits: peft's own model gives logits
+    for them too. merges: the adapter can be added into the encoder's weights; merges_plainly: as W + scale·B·A, for
+    which peft is not needed.
     """
 
     summary: str
@@ -40,6 +41,7 @@ class Tuning:
     trains: str | None = None
     adapter: Callable[..., Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    low_rank: bool = False
     virtual_tokens: bool = False
     virtual_logits: bool = False
     merges: bool = False
@@ -137,6 +139,7 @@ TUNINGS: dict[str, Tuning] = {
         base_head_factor=1,
         lowest_rate=1e-4,
         adapter=_lora,
+        low_rank=True,
         merges=True,
         merges_plainly=True,
     ),
@@ -156,6 +159,7 @@ TUNINGS: dict[str, Tuning] = {
         base_head_factor=1,
         lowest_rate=1e-4,
         adapter=_lora,
+        low_rank=True,
         options={"use_dora": True},
         merges=True,
     ),
@@ -166,6 +170,7 @@ TUNINGS: dict[str, Tuning] = {
         base_head_factor=1,
         lowest_rate=1e-4,
         adapter=_lora,
+        low_rank=True,
         options={"use_rslora": True},
         merges=True,
         merges_plainly=True,
@@ -175,6 +180,7 @@ TUNINGS: dict[str, Tuning] = {
         learning_rate=9e-3,
         lowest_rate=1e-4,
         adapter=_adalora,
+        low_rank=True,
         merges=True,
     ),
     "ia3": Tuning(

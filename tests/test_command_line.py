@@ -26,6 +26,7 @@ def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_t
         assert field.description in lines[key]
         assert lines[key].endswith("]")
     assert "[auto]" in lines["max_train_sentences"] and "[16]" in lines["lora.r"]
+    assert lines["trackers"].endswith(" [none]"), "not [[]]"
     assert {"config", "resume", "push_to_hub", "help"} <= set(lines)
     assert "fp32, bf16, fp16" in lines["precision"] and "tensorboard" in lines["trackers"]
     headings = [done.stdout.index(text) for text in [*config.GROUPS.values(), "Examples:\n  python main.py"]]
@@ -33,11 +34,12 @@ def test_help_lists_every_key_with_comment_and_value_in_under_a_second_without_t
 
 
 def test_help_shows_the_values_of_the_file_in_use(tmp_path, capsys):
-    (tmp_path / "my.yaml").write_text("epochs: 77\n")
+    (tmp_path / "my.yaml").write_text("epochs: 77\nlora: {target_modules: [query, value]}\n")
     with pytest.raises(SystemExit) as ended:
         config.load(["--help", "--config", str(tmp_path / "my.yaml")])
     assert ended.value.code == 0
-    assert "[77]" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "[77]" in text and "[query, value]" in text and "[[" not in text
 
 
 def test_keys_on_the_command_line():

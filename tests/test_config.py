@@ -103,6 +103,21 @@ def test_rates_that_are_known_to_fail_are_warned_about(argv, said):
     assert warning is None if said is None else said in warning
 
 
+@pytest.mark.parametrize("argv, said", [
+    (["--tuning", "full", "--lora.r", "8"], "lora.r has no effect with tuning full, only with lora, dora,"),
+    (["--tuning", "ia3", "--lora.r", "8", "--lora.bias", "all"], "lora.r, lora.bias have no effect with tuning ia3"),
+    (["--virtual_tokens", "5"], "virtual_tokens has no effect with tuning lora, only with prompt, prefix, ptuning"),
+    (["--head", "softmax", "--crf_learning_rate", "1"], "crf_learning_rate has no effect with head softmax"),
+    (["--adversarial_epsilon", "2"], "adversarial_epsilon has no effect with adversarial none, only with fgm"),
+    (["--tuning", "adalora", "--lora.r", "8", "--adversarial", "fgm", "--adversarial_epsilon", "2"], None),
+    (["--tuning", "full", "--lora.r", "16", "--head", "softmax"], None),
+    (["--tuning", "prompt", "--virtual_tokens", "5", "--crf_learning_rate", "1"], None),
+])  # fmt: skip
+def test_keys_without_effect_are_warned_about(argv, said):
+    warnings = config.no_effect_warnings(config.load(argv)[0])
+    assert warnings == [] if said is None else len(warnings) == 1 and warnings[0].startswith(said)
+
+
 def test_a_sample_is_taken_of_the_default_corpus_only(tmp_path):
     corpus = tmp_path / "train"
     corpus.write_text("")

@@ -108,6 +108,11 @@ def test_accumulation_computes_what_a_larger_batch_does(tmp_path):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-4) and ours[1] == pytest.approx(theirs[1], rel=1e-3)
 
 
+def test_the_log_warns_of_keys_without_effect(tmp_path):
+    main.main(runs.argv(tmp_path, lora_r=8, epochs=1))
+    assert "WARNING - lora.r has no effect with tuning full, only with lora, dora, rslora" in log(tmp_path / "run")
+
+
 def test_the_learning_rate_rises_and_falls_in_straight_lines(tmp_path, monkeypatch):
     from ner.optimizer import Optimizer
 
