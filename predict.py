@@ -88,19 +88,19 @@ def main(argv: list[str] | None = None) -> None:
         return _prompt(predictor, colour)
     several = bool(options.input) or len(options.texts) != 1
     name = folder.resolve().parent.name if folder.name == "model" else folder.resolve().name
-    form = writer(options.format, predictor.types, predictor.unit, name, colour, several)
+    result_writer = writer(options.format, predictor.types, predictor.unit, name, colour, several)
     with _source(options) as texts, _output(options.output) as write:
         groups: Iterable[list[Result]] = map(predictor.results, chunks(texts))
         if options.uncertain:
             groups = [least_certain(groups, options.uncertain)]
-        write(form.head)
+        write(result_writer.head)
         separator = ""
         for group in groups:
             for result in group:
-                write(separator + form.record(result))
-                separator = form.separator
+                write(separator + result_writer.record(result))
+                separator = result_writer.separator
             write("", flush=True)
-        write(form.tail, flush=True)
+        write(result_writer.tail, flush=True)
 
 
 def least_certain(groups: "Iterable[list[Result]]", count: int) -> "list[Result]":
@@ -153,13 +153,18 @@ def _parser() -> argparse.ArgumentParser:
     add("texts", nargs="*", metavar="TEXT", help="One or more texts.")
     add("--input", metavar="FILE", help="A file with a text a line, in UTF-8 or GB18030; - is standard input.")
     add("--output", metavar="FILE", help="The file to write, as jsonl unless --format says otherwise. [the terminal]")
-    add("--run", metavar="RUN", help="The run whose model is taken. [the newest finished one under output/]")
+    add("--run", metavar="RUN", help="The run whose model to use. [the newest finished one under output/]")
     add("--format", choices=FORMATS, help=FORMAT_HELP)
     add("--json", action="store_true", help="The same as --format jsonl.")
     add(
-        "--uncertain", type=int, metavar="N", help="Give only the N texts that the model is least sure of, those first."
+        "--uncertain",
+        type=int,
+        metavar="N",
+        help="Give only the N texts that the model is least sure of, the least sure first.",
     )
-    engines = "onnx: the exported file; torch: the model itself; auto: torch on a GPU, else onnx where it is. [auto]"
+    engines = (
+        "onnx: the exported file; torch: the model itself; auto: torch on a GPU, else onnx where it exists. [auto]"
+    )
     add("--engine", choices=("auto", "onnx", "torch"), default="auto", help=engines)
     add("--threads", type=int, metavar="N", help="CPU threads. [all cores; with --ray, 1 for each process]")
     add("--batch_size", type=int, metavar="N", default=32, help="Windows in a batch. [%(default)s]")

@@ -6,14 +6,17 @@ from typing import Any
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 404, 16, 204  # of the plot, in the 420 × 240 units of the template's view box
 TICKS = 5
-SMALLEST_SPAN = 1e-300  # below it a step between ticks is no number any more
-MOST_EPOCHS = 10  # named under the axis
+SMALLEST_SPAN = 1e-300  # below it the step between ticks would underflow to 0
+MOST_EPOCHS = 10  # labelled on the x axis
 
 Point = tuple[float, float]
 
 
 def chart(title: str, lines: Sequence[tuple[str, int, list[Point]]]) -> dict[str, Any] | None:
-    """Return a chart of lines, each (name, its colour's index, points (epoch, value)); None without a point."""
+    """Return what the template's macro `chart` draws: labels of the axes and lines, with places in its view box.
+
+    lines: each (name, its colour's index, points (epoch, value)). None where no line has a point.
+    """
     lines = [line for line in lines if line[2]]
     if not lines:
         return None
@@ -21,13 +24,13 @@ def chart(title: str, lines: Sequence[tuple[str, int, list[Point]]]) -> dict[str
     ys = [y for *_, points in lines for _, y in points]
     marks = ticks(min(ys), max(ys), TICKS)
     place = _placer(min(xs), max(xs), marks[0], marks[-1])
-    named_epochs = sorted({int(x) for x in xs})
-    named_epochs = named_epochs[:: math.ceil(len(named_epochs) / MOST_EPOCHS)]
+    epochs = sorted({int(x) for x in xs})
+    labelled_epochs = epochs[:: math.ceil(len(epochs) / MOST_EPOCHS)]
     digits = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
     return {
         "title": title,
         "y": [(place(xs[0], y)[1], f"{y:.{digits}f}") for y in marks],
-        "x": [(place(x, marks[0])[0], x) for x in named_epochs],
+        "x": [(place(x, marks[0])[0], x) for x in labelled_epochs],
         "lines": [
             {
                 "name": name,
@@ -55,7 +58,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _placer(left: float, right: float, low: float, high: float) -> Callable[[float, float], Point]:
-    """A function from values to places in the plot."""
+    """A function from values to places in the plot, rounded to a tenth of a unit of the view box."""
 
     def place(x: float, y: float) -> Point:
         across = (x - left) / (right - left) if right > left else 0.5

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ner import mistakes, run_files
 from ner.chart import chart
@@ -23,7 +23,15 @@ FEWEST, MOST = 2, 8  # runs on a page; the curves have as many colours
 MOST_SENTENCES = 50  # shown
 PLACES = ("output", "run")  # keys that say where a run lies, not how it was made
 
-Sentences = dict[tuple, Prediction]
+Sentences = dict[tuple, Prediction]  # see _by_key
+
+
+class Difference(NamedTuple):
+    """A sentence on which the runs differ: for each run its prediction, gold matched with predicted, and errors."""
+
+    sentences: list[Prediction]
+    matches: list[list[mistakes.Pair]]
+    errors: list[int]
 
 
 def write(runs: Sequence[Path], output: str | os.PathLike | None = None) -> Path:
@@ -42,14 +50,14 @@ def page(runs: Sequence[Path]) -> dict[str, Any]:
     """Return what the template shows of the runs."""
     names = _names(runs)
     scores = [run_files.best_scores(run) for run in runs]
-    differences = differing([{_key(p, n): p for p, n in _numbered(run_files.predictions(run))} for run in runs])
+    differences = differing([_by_key(run_files.predictions(run)) for run in runs])
     types = sorted({name for row, _ in scores if row for name in row["types"]} | differences.pop("types"))
     return {
         "names": names,
         "rows": [_summary(run, name, *score) for run, name, score in zip(runs, names, scores, strict=True)],
-        "same_test": len({on for _, on in scores}) == 1,
+        "same_test": len({scored for _, scored in scores}) == 1,
         "types": [(name, [_type_row(row, name) for row, _ in scores]) for name in types],
-        "charts": [chart for chart in _charts(runs, names) if chart],
+        "charts": _charts(runs, names),
         "settings": _settings(runs),
         "differences": differences,
         "hues": hues(types),
@@ -63,57 +71,52 @@ def differing(runs: list[Sentences]) -> dict[str, Any]:
     """
     common = [key for key in runs[0] if all(key in run for run in runs[1:])]
     units = [unit for key in common for unit in runs[0][key].units]
-    joint = " " if sum(len(unit) > 1 for unit in units) > mistakes.MANY_WORDS * len(units) else ""
-    different, types, faultless = [], set(), [0] * len(runs)
+    separator = " " if sum(len(unit) > 1 for unit in units) > mistakes.MANY_WORDS * len(units) else ""
+    differences: list[Difference] = []
+    types: set[str] = set()
+    faultless = [0] * len(runs)  # sentences without an error, for each run
     for key in common:
         sentences = [run[key] for run in runs]
         matches = [mistakes.pairs(spans(each.gold), spans(each.predicted)) for each in sentences]
-        wrong = [mistakes.errors(pairs) for pairs in matches]
-        faultless = [count + (errors == 0) for count, errors in zip(faultless, wrong, strict=True)]
-        types |= {
-            entity[0] for pairs in matches for _, gold, predicted in pairs for entity in (gold, predicted) if entity
-        }
+        errors = [mistakes.errors(pairs) for pairs in matches]
+        faultless = [total + (count == 0) for total, count in zip(faultless, errors, strict=True)]
+        types |= {entity[0] for pairs in matches for pair in pairs for entity in (pair.gold, pair.predicted) if entity}
         if len({tuple(spans(each.predicted)) for each in sentences}) > 1:
-            different.append((min(wrong) - max(wrong), sentences[0].line, sentences, matches, wrong))
-    different.sort(key=lambda item: item[:2])
+            differences.append(Difference(sentences, matches, errors))
+    differences.sort(key=lambda each: (min(each.errors) - max(each.errors), each.sentences[0].line))
     return {
         "common": len(common),
         "all": max(len(run) for run in runs),
-        "count": len(different),
+        "count": len(differences),
         "faultless": faultless,
         "types": types,
-        "shown": [
-            _shown(sentences, matches, wrong, joint) for _, _, sentences, matches, wrong in different[:MOST_SENTENCES]
-        ],
+        "shown": [_shown(difference, separator) for difference in differences[:MOST_SENTENCES]],
     }
 
 
-def _shown(
-    sentences: list[Prediction], matches: list[list[mistakes.Pair]], wrong: list[int], joint: str
-) -> dict[str, Any]:
-    first = sentences[0]
+def _shown(difference: Difference, separator: str) -> dict[str, Any]:
+    first = difference.sentences[0]
+    all_correct = [pair._replace(kind=mistakes.CORRECT) for pair in difference.matches[0]]
     return {
         "number": first.line,
         "lang": language("".join(first.units[:LONGEST_GAP])),
-        "gold": segments(first.units, mistakes.marked([("correct", *pair[1:]) for pair in matches[0]], 1), joint),
+        "gold": segments(first.units, mistakes.gold_with_kinds(all_correct), separator),
         "runs": [
-            (errors, segments(each.units, mistakes.marked(pairs, 2), joint))
-            for each, pairs, errors in zip(sentences, matches, wrong, strict=True)
+            (errors, segments(first.units, mistakes.predicted_with_kinds(pairs), separator))
+            for pairs, errors in zip(difference.matches, difference.errors, strict=True)
         ],
     }
 
 
-def _numbered(sentences: Iterable[Prediction]) -> Iterable[tuple[Prediction, int]]:
-    """Each sentence with how many of the same text came before it."""
-    seen: Counter[tuple[str, ...]] = Counter()
-    for sentence in sentences:
-        text = tuple(sentence.units)
-        yield sentence, seen[text]
-        seen[text] += 1
-
-
-def _key(sentence: Prediction, repeat: int) -> tuple:
-    return tuple(sentence.units), repeat
+def _by_key(predictions: Iterable[Prediction]) -> Sentences:
+    """The sentences by (units, how many of the same units came before), as a text may stand in a file twice."""
+    sentences: Sentences = {}
+    repeats: Counter[tuple[str, ...]] = Counter()
+    for sentence in predictions:
+        units = tuple(sentence.units)
+        sentences[units, repeats[units]] = sentence
+        repeats[units] += 1
+    return sentences
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
@@ -148,17 +151,19 @@ def _type_row(scores: dict[str, Any] | None, name: str) -> dict[str, float | Non
     return scores["types"].get(name) if scores else None
 
 
-def _charts(runs: Sequence[Path], names: list[str]) -> list[dict[str, Any] | None]:
+def _charts(runs: Sequence[Path], names: list[str]) -> list[dict[str, Any]]:
+    """The curves over the epochs, a line a run, without those that have no point."""
     epochs = [run_files.epochs(run) for run in runs]
 
     def lines(value: Any) -> list[tuple[str, int, list]]:
         return [(name, i, run_files.curve(epochs[i], value)) for i, name in enumerate(names)]
 
-    return [
+    charts = [
         chart("Micro F1 on dev", lines(run_files.dev_f1)),
         chart("Loss on dev", lines(lambda line: line.get("dev_loss"))),
         chart("Loss on train", lines(lambda line: line.get("train_loss"))),
     ]
+    return [data for data in charts if data]
 
 
 def _settings(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:

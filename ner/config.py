@@ -75,7 +75,7 @@ def load_run(run: Path) -> Config:
 
 
 def _with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's values with what runs did that were saved before a key existed."""
+    """Return a run's values; a key that did not exist yet when it was saved has the value that such runs used."""
     return {"head": "softmax"} | values
 
 

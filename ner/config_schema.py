@@ -60,7 +60,7 @@ class Config(_Strict):
     output: str = _key("output", "Folder that holds all runs.", min_length=1)
 
     max_train_sentences: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] | None = _key(
-        "auto", f"Sample of train: at most so many; null: all; auto: {SAMPLE} of data/msra, else all."
+        "auto", f"Sample at most this many sentences; null: all; auto: {SAMPLE} of data/msra, else all."
     )
     learning_rate: float | None = _key(None, "Peak learning rate; null takes what suits tuning and encoder.", gt=0)
     head_factor: float | None = _key(
@@ -83,7 +83,7 @@ class Config(_Strict):
         "viterbi", "viterbi: the best tags that are well-formed IOB2; argmax: each character's likeliest."
     )
     head: Literal["softmax", "crf"] = _key(
-        "crf", "crf: learns scores of the steps from tag to tag too; softmax: each tag by itself."
+        "crf", "crf: also learns transition scores between tags; softmax: each tag by itself."
     )
     crf_learning_rate: float = _key(1e-2, "Peak learning rate of the CRF's transition scores.", gt=0)
     loss: Literal["cross_entropy", "focal"] = _key(
@@ -93,9 +93,11 @@ class Config(_Strict):
         0.0, "For head softmax: the share of a gold tag's weight that is spread over all tags.", ge=0, lt=1
     )
     adversarial: Literal["none", "fgm"] = _key(
-        "none", "none, or fgm: each step also trains on embeddings moved to raise the loss."
+        "none", "none, or fgm: each step also trains on embeddings perturbed to raise the loss."
     )
-    adversarial_epsilon: float = _key(1.0, "How far fgm moves the embeddings of a window.", gt=0)
+    adversarial_epsilon: float = _key(
+        1.0, "L2 norm of the perturbation that fgm adds to the embeddings of a window.", gt=0
+    )
 
     special_tokens: bool = _key(True, "true: put [CLS] and [SEP] around each window, as in pretraining.")
     accumulation: int = _key(
@@ -156,7 +158,7 @@ _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mo
 
 
 def alternatives(key: str) -> list[dict]:
-    """Return the JSON schemas of what a dotted key accepts, one a kind of value: {"type": "integer", "minimum": 1}."""
+    """Return the JSON schemas of the kinds of value that a dotted key accepts: {"type": "integer", "minimum": 1}."""
     schema = _JSON_SCHEMA[key]
     return schema.get("anyOf") or [schema]
 

@@ -23,7 +23,7 @@ class Sentence:
 
 @dataclass
 class Corpus:
-    """The sentences of one file and what was found out while reading it."""
+    """The sentences of one file, its tag scheme and unit, and what was repaired or left out while reading it."""
 
     path: str
     sentences: list[Sentence]
@@ -70,7 +70,7 @@ class Corpus:
     def part(self, sentences: list[Sentence], path: str | None = None) -> "Corpus":
         """Return some of the sentences as a corpus of their own, which knows the types of the whole file.
 
-        With a `path`, a name of its own, what was found while reading the file is told of the file only.
+        With a `path`, the part's own name, the part does not repeat the file's repairs, skipped entities and notes.
         """
         types = self.file_types if self.file_types is not None else frozenset(self.entities())
         part = replace(self, sentences=sentences, file_types=types)

@@ -41,7 +41,7 @@ def _lay_out(run: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
     else:
         shutil.copytree(run / "model", folder, ignore=None if is_local else shutil.ignore_patterns("encoder"))
-    for file_name, key in PATH_KEYS:  # not where the encoder lies on this machine
+    for file_name, key in PATH_KEYS:  # a path of this machine means nothing elsewhere
         file = folder / file_name
         if file.exists():
             values = read_object(file) | {key: "encoder" if is_local else meta["pretrained"]}

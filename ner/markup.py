@@ -31,25 +31,27 @@ def hues(types: Iterable[str]) -> dict[str, int]:
 
 
 def segments(
-    units: Sequence[str], entities: list[tuple], joint: str = "", whole: bool = False
+    units: Sequence[str], entities: list[tuple], separator: str = "", whole: bool = False
 ) -> list[tuple[str, str | None, str | None]]:
     """Cut a sentence into (text, type or None, kind or None), which the template marks.
 
-    entities: (type, start, end, kind), sorted, not overlapping, in units. joint: what stands between two units ("" or
-    " "). Unless `whole`, long stretches without entities lose their middle, a sentence with very many entities its end.
+    entities: (type, start, end, kind), sorted, not overlapping, in units. separator: what stands between two units (""
+    or " "). Unless `whole`, long stretches without entities lose their middle, a sentence with very many entities its
+    end.
     """
     parts: list[tuple[str, str | None, str | None]] = []
     shown = entities if whole else entities[:MOST_ENTITIES]
     position = 0
-    for name, start, end, kind in [*shown, (None, len(units), len(units), None)]:
-        between = joint.join(units[position:start])
+    rest = (None, len(units), len(units), None)  # an entity of no type, for the text after the last one
+    for name, start, end, kind in [*shown, rest]:
+        between = separator.join(units[position:start])
         if len(between) > LONGEST_GAP and not whole:
             between = f"{between[: LONGEST_GAP // 2]} … {between[-(LONGEST_GAP // 2) :]}"
         if between:
-            before, after = joint if position else "", joint if name is not None else ""
+            before, after = separator if position else "", separator if name is not None else ""
             parts.append((visible(before + between + after), None, None))
         if name is not None:
-            parts.append((visible(joint.join(units[start:end])), name, kind))
+            parts.append((visible(separator.join(units[start:end])), name, kind))
         position = end
     if len(entities) > len(shown):
         parts.append((f" … and {len(entities) - len(shown)} more entities", None, None))

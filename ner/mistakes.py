@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ner.decoding import spans
 from ner.markup import LONGEST_GAP, language, segments
@@ -19,19 +19,26 @@ CORRECT, BOUNDARY, TYPE, BOTH, MISSED, SPURIOUS = KINDS = (
     "spurious",
 )
 MATCHED = (CORRECT, TYPE, BOUNDARY, BOTH)  # kinds of two entities that overlap, the better first
-MANY_WORDS = 0.3  # share of units of several characters from which a corpus is one of words
+MANY_WORDS = 0.3  # with a larger share of units of several characters, the units are words
 
 Entity = tuple[str, int, int]  # type, start, end: half-open, in units
-Pair = tuple[str, Entity | None, Entity | None]  # kind, gold, predicted
+
+
+class Pair(NamedTuple):
+    """A gold entity with the predicted one that it is matched with; one of the two is None where it has no match."""
+
+    kind: str  # one of KINDS
+    gold: Entity | None
+    predicted: Entity | None
 
 
 def pairs(gold: list[Entity], predicted: list[Entity]) -> list[Pair]:
     """Match gold and predicted entities of one sentence, each at most once, so that all counts add up.
 
-    Returns (kind, gold or None, predicted or None). The kinds are nervaluate's: same span and type; overlap with the
-    right type (wrong boundary); same span with another type (wrong type); overlap with another type (wrong both); gold
-    alone (missed); predicted alone (spurious). Where several would match, the better kind goes first, then the longer
-    overlap.
+    The kinds are nervaluate's: same span and type (correct); overlap with the right type (wrong boundary); same span
+    with another type (wrong type); overlap with another type (wrong both); gold alone (missed); predicted alone
+    (spurious). Where several would match, the better kind goes first, then the longer overlap. The pairs are in the
+    order of their spans.
     """
     gold, predicted = sorted(gold, key=lambda entity: entity[1:]), sorted(predicted, key=lambda entity: entity[1:])
     free_gold, free_predicted = set(range(len(gold))), set(range(len(predicted)))
@@ -40,21 +47,25 @@ def pairs(gold: list[Entity], predicted: list[Entity]) -> list[Pair]:
         if i in free_gold and j in free_predicted:
             free_gold.remove(i)
             free_predicted.remove(j)
-            matched.append((MATCHED[rank], gold[i], predicted[j]))
-    matched += [(MISSED, gold[i], None) for i in free_gold]
-    matched += [(SPURIOUS, None, predicted[j]) for j in free_predicted]
-    return sorted(matched, key=lambda pair: (pair[1] or pair[2] or ())[1:])
+            matched.append(Pair(MATCHED[rank], gold[i], predicted[j]))
+    matched += [Pair(MISSED, gold[i], None) for i in free_gold]
+    matched += [Pair(SPURIOUS, None, predicted[j]) for j in free_predicted]
+    return sorted(matched, key=lambda pair: (pair.gold or pair.predicted or ())[1:])
 
 
-def marked(matches: list[Pair], side: int) -> list[tuple[str, int, int, str]]:
-    """Return the gold (side 1) or predicted (side 2) entities of the pairs, each with its kind, in their order."""
-    entities = [(*entity, pair[0]) for pair in matches if (entity := pair[side])]
-    return sorted(entities, key=lambda entity: entity[1])
+def gold_with_kinds(matches: list[Pair]) -> list[tuple[str, int, int, str]]:
+    """Return the gold entities of the pairs as (type, start, end, kind), sorted by start."""
+    return sorted(((*pair.gold, pair.kind) for pair in matches if pair.gold), key=lambda entity: entity[1])
+
+
+def predicted_with_kinds(matches: list[Pair]) -> list[tuple[str, int, int, str]]:
+    """Return the predicted entities of the pairs as (type, start, end, kind), sorted by start."""
+    return sorted(((*pair.predicted, pair.kind) for pair in matches if pair.predicted), key=lambda entity: entity[1])
 
 
 def errors(matches: list[Pair]) -> int:
     """Return how many of the pairs are errors."""
-    return sum(kind != CORRECT for kind, _, _ in matches)
+    return sum(pair.kind != CORRECT for pair in matches)
 
 
 @dataclass
@@ -73,8 +84,8 @@ class Mistakes:
         self.sentences += 1
         self.units += len(sentence.units)
         self.words += sum(len(unit) > 1 for unit in sentence.units)
-        for kind, true, guess in matches:
-            self.cells[true[0] if true else None, guess[0] if guess else None, kind] += 1
+        for kind, gold, predicted in matches:
+            self.cells[gold[0] if gold else None, predicted[0] if predicted else None, kind] += 1
         if errors(matches):
             self.worst.append((sentence, matches))
         if len(self.worst) > 20 * WORST:
@@ -90,15 +101,15 @@ class Mistakes:
         return sorted({name for cell in self.cells for name in cell[:2] if name})
 
     @property
-    def joint(self) -> str:
+    def separator(self) -> str:
         """What stands between two units: a space between words, nothing between characters."""
         return " " if self.words > MANY_WORDS * self.units else ""
 
     def by_type(self) -> dict[str, Counter]:
         """Return type -> kind -> count; an entity counts under its gold type, a spurious one under the predicted."""
         counts: dict[str, Counter] = {name: Counter() for name in self.types}
-        for (true, guess, kind), count in self.cells.items():
-            counts[true or guess][kind] += count
+        for (gold_type, predicted_type, kind), count in self.cells.items():
+            counts[gold_type or predicted_type][kind] += count
         return counts
 
 
@@ -114,10 +125,10 @@ def summary(sentences: Iterable[Prediction]) -> dict[str, Any] | None:
         "types": types,
         "count": mistakes.sentences,
         "wrong": sum(count for (_, _, kind), count in mistakes.cells.items() if kind != CORRECT),
-        "rows": [_matrix_row(mistakes.cells, true, types) for true in [*types, None]],
+        "rows": [_matrix_row(mistakes.cells, gold_type, types) for gold_type in [*types, None]],
         "kinds": [(name, [counts[name][kind] for kind in KINDS]) for name in types],
         "totals": [sum(counts[name][kind] for name in types) for kind in KINDS],
-        "worst": [_shown(sentence, matches, mistakes.joint) for sentence, matches in mistakes.ranked()],
+        "worst": [_shown(sentence, matches, mistakes.separator) for sentence, matches in mistakes.ranked()],
     }
 
 
@@ -125,31 +136,40 @@ def _overlaps(gold: list[Entity], predicted: list[Entity]) -> list[tuple[int, in
     """(rank of the kind, -overlap, index of gold, index of predicted) of all that overlap; both lists are sorted."""
     overlaps = []
     first = 0  # gold entities before it end before this prediction and all later ones
-    for j, guess in enumerate(predicted):
-        while first < len(gold) and gold[first][2] <= guess[1]:
+    for j, (_, start, end) in enumerate(predicted):
+        while first < len(gold) and gold[first][2] <= start:
             first += 1
         for i in range(first, len(gold)):
-            overlap = min(gold[i][2], guess[2]) - max(gold[i][1], guess[1])
+            overlap = min(gold[i][2], end) - max(gold[i][1], start)
             if overlap <= 0:
                 break
-            same_type, same_span = gold[i][0] == guess[0], gold[i][1:] == guess[1:]
-            kind = (CORRECT if same_type else TYPE) if same_span else (BOUNDARY if same_type else BOTH)
-            overlaps.append((MATCHED.index(kind), -overlap, i, j))
+            overlaps.append((MATCHED.index(_kind(gold[i], predicted[j])), -overlap, i, j))
     return overlaps
 
 
-def _matrix_row(cells: Counter, true: str | None, types: list[str]) -> dict[str, Any]:
+def _kind(gold: Entity, predicted: Entity) -> str:
+    """The kind of two entities that overlap."""
+    same_type, same_span = gold[0] == predicted[0], gold[1:] == predicted[1:]
+    if same_span:
+        return CORRECT if same_type else TYPE
+    return BOUNDARY if same_type else BOTH
+
+
+def _matrix_row(cells: Counter, gold_type: str | None, types: list[str]) -> dict[str, Any]:
     """One row of the confusion matrix; None stands for O. A cell: (count, share of the row, counts by kind)."""
-    row = [{kind: cells[true, guess, kind] for kind in KINDS if cells[true, guess, kind]} for guess in [*types, None]]
+    row = []
+    for predicted_type in [*types, None]:
+        counts = {kind: cells[gold_type, predicted_type, kind] for kind in KINDS}
+        row.append({kind: count for kind, count in counts.items() if count})
     total = sum(sum(cell.values()) for cell in row) or 1
-    return {"type": true, "cells": [(sum(cell.values()), sum(cell.values()) / total, cell) for cell in row]}
+    return {"type": gold_type, "cells": [(sum(cell.values()), sum(cell.values()) / total, cell) for cell in row]}
 
 
-def _shown(sentence: Prediction, matches: list[Pair], joint: str) -> dict[str, Any]:
+def _shown(sentence: Prediction, matches: list[Pair], separator: str) -> dict[str, Any]:
     return {
         "number": sentence.line,
         "wrong": errors(matches),
         "lang": language("".join(sentence.units[:LONGEST_GAP])),
-        "gold": segments(sentence.units, marked(matches, 1), joint),
-        "predicted": segments(sentence.units, marked(matches, 2), joint),
+        "gold": segments(sentence.units, gold_with_kinds(matches), separator),
+        "predicted": segments(sentence.units, predicted_with_kinds(matches), separator),
     }

@@ -33,7 +33,7 @@ def page(run: Path) -> dict[str, Any]:
         "scores": scores,
         "scored": scored,
         "finished": run_files.is_finished(run),
-        "charts": [drawn for drawn in _charts(run_files.epochs(run)) if drawn],
+        "charts": _charts(run_files.epochs(run)),
         "errors": errors,
         "kinds": mistakes.KINDS,
         "worst_limit": mistakes.WORST,
@@ -44,7 +44,8 @@ def page(run: Path) -> dict[str, Any]:
     }
 
 
-def _charts(epochs: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+def _charts(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The curves over the epochs, without those that have no point."""
     losses = [
         ("train", 0, run_files.curve(epochs, lambda line: line.get("train_loss"))),
         ("dev", 1, run_files.curve(epochs, lambda line: line.get("dev_loss"))),
@@ -53,7 +54,8 @@ def _charts(epochs: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
         ("micro", 0, run_files.curve(epochs, run_files.dev_f1)),
         ("macro", 1, run_files.curve(epochs, lambda line: run_files.dev_f1(line, "macro"))),
     ]
-    return [chart("Loss", losses), chart("F1 on dev", f1)]
+    charts = [chart("Loss", losses), chart("F1 on dev", f1)]
+    return [data for data in charts if data]
 
 
 @command

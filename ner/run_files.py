@@ -22,6 +22,7 @@ MOST_WARNINGS = 20
 WARNING = re.compile(r"\S+ \S+ - \S+ - (?:WARNING|ERROR) - (.*)")
 TRAINABLE = re.compile(r"trainable params: ([\d,]+) \|\| all params: ([\d,]+)")
 LARGEST_NUMBER = 1e300
+DEEPEST = 4  # levels of nested JSON that get rows of their own
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def number(value: Any) -> float | None:
-    """Return the value if it can be drawn: a finite number that is not absurd."""
+    """Return the value as a float where it can be drawn, else None: finite and below LARGEST_NUMBER."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and abs(value) < LARGEST_NUMBER and math.isfinite(value) else None
 
@@ -150,7 +151,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return nested JSON as rows of (dotted key, value), safe to show."""
     rows = []
     for key, value in values.items():
-        if isinstance(value, dict) and prefix.count(".") < 4:
+        if isinstance(value, dict) and prefix.count(".") < DEEPEST:
             rows += flat(value, f"{prefix}{key}.")
         else:
             rows.append((visible(f"{prefix}{key}"), visible(value if isinstance(value, str) else json.dumps(value))))

@@ -112,11 +112,11 @@ def _rare_type_warnings(corpus: Corpus) -> list[str]:
 
 
 def survey(corpora: list[Corpus], windower: Windower | None = None, max_length: int = 256) -> dict[str, Any]:
-    """Return all that `python loader.py` tells, as one dict for JSON; a `windower` counts in tokens."""
-    types_of_form: dict[str, Counter[str]] = defaultdict(Counter)
+    """Return all that `python loader.py` tells, as one dict for JSON; with a windower, lengths are in tokens."""
+    types_of_form: dict[str, Counter[str]] = defaultdict(Counter)  # an entity's text -> counts of its types
     files = [_describe(corpus, types_of_form, windower, max_length) for corpus in corpora]
     ambiguous = [(form, types) for form, types in types_of_form.items() if len(types) > 1]
-    ambiguous.sort(key=lambda item: -(item[1].total() - max(item[1].values())))
+    ambiguous.sort(key=lambda item: max(item[1].values()) - item[1].total())  # most often of a minority type first
     pairs = [warning for train, other in combinations(corpora, 2) for warning in compare(train, other)]
     return {
         "files": files,

@@ -114,8 +114,8 @@ def html(result: Result, colours: dict[str, int]) -> str:
 def plain(result: Result, types: list[str], colour: bool = False, title: bool = True) -> str:
     """Return for a person: the text (with `colour`: its entities on coloured ground), then an entity a line.
 
-    Control characters become pictures, so that no text can command the terminal. title: False leaves a text without
-    colours out.
+    Control characters become pictures, so that no text can command the terminal. title: whether the text is shown
+    without colours too, and a blank line ends it.
     """
     lines = []
     if colour:
@@ -138,5 +138,5 @@ def _coloured(result: Result, types: list[str]) -> str:
 
 
 def as_json(value: dict, text: str) -> str:
-    """Return a value on one line; a lone surrogate has no UTF-8, as an escape it survives."""
+    """Return a value as JSON on one line. Where the text holds a lone surrogate, which UTF-8 cannot, it is escaped."""
     return json.dumps(value, ensure_ascii=bool(LONE_SURROGATE.search(text)))

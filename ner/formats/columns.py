@@ -47,7 +47,7 @@ SENTENCE_NAMES = {
 }
 DELIMITERS = ",\t;"
 CSV_LINE = re.compile(r"[^,;]+[,;][^,;].*")
-MEASURED_LINES = 1000  # the number of columns is that of most of these
+MEASURED_LINES = 1000  # the number of columns is the one that most of the first lines have
 
 
 def read(source: Source) -> Corpus:
@@ -78,10 +78,11 @@ def _sentences(source: Source) -> Iterator[Sentence]:
 
 
 def _column_count(source: Source) -> int:
+    """The number of columns of most of the first lines, 2 where most have no number in common."""
     lines = islice((line for line in source.lines() if line.strip()), MEASURED_LINES)
     counts = Counter(len(_fields(line)) for line in lines)
-    columns = max(counts, key=lambda n: (counts[n], n == 2))
-    if columns == 1 or counts[columns] * 2 <= counts.total():  # no table at all: errors speak of the plainest one
+    columns = max(counts, key=lambda n: (counts[n], n == 2))  # of two that are as frequent, two columns
+    if columns == 1 or counts[columns] * 2 <= counts.total():  # no table at all: errors then speak of two columns
         return 2
     return columns
 

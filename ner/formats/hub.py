@@ -13,7 +13,7 @@ from ner.formats.schemes import is_tag, no_tag
 from ner.formats.source import Source
 
 PREFIX = "hub:"
-ANSWER_SECONDS = 5  # how long the hub may take to answer
+ANSWER_SECONDS = 5  # timeout of the hub's answer
 TOKEN_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "labels")
 SPLITS = {"dev": ("validation", "dev", "valid")}  # what data sets call the part that picks the best epoch
@@ -132,21 +132,21 @@ def _tag_names(name: str, feature: Any) -> dict[int, str]:
     """Return the names of numbered tags: from the column itself, or from the label.json that some data sets hold."""
     if getattr(feature, "names", None):
         return dict(enumerate(feature.names))
-    for place in ("label.json", "dataset/label.json"):
+    for file_name in ("label.json", "dataset/label.json"):
         try:
-            with open(_file_of(name, place), encoding="utf-8") as file:
+            with open(_file_of(name, file_name), encoding="utf-8") as file:
                 return {number: str(tag) for tag, number in json.load(file).items()}
-        except Exception:  # not there, or not that: the next place
+        except Exception:  # missing, or something else: try the next one
             continue
     raise UserError(
         f"hub:{name}: its tags are numbers without names; expected a ClassLabel column or a label.json beside the data"
     )
 
 
-def _file_of(name: str, place: str) -> str:
+def _file_of(name: str, file_name: str) -> str:
     """Return the path of a file of a data set, downloaded where the data set is no local folder."""
     if os.path.isdir(name):
-        return f"{name}/{place}"
+        return f"{name}/{file_name}"
     from huggingface_hub import hf_hub_download
 
-    return hf_hub_download(name, place, repo_type="dataset")
+    return hf_hub_download(name, file_name, repo_type="dataset")

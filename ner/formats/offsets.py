@@ -35,11 +35,11 @@ class Entity(NamedTuple):
     start: int
     end: int
     type: str
-    text: str | None = None  # what the record says stands there
+    text: str | None = None  # the record's own copy of the entity's text
 
 
 class Record(NamedTuple):
-    """A text with its entities, and keys of NOTES for what should be told of it."""
+    """A text with its entities, and the keys of NOTES that apply to it."""
 
     text: str
     entities: list[Entity]
@@ -86,8 +86,8 @@ def read(source: Source) -> Corpus:
             f"{source.path}:1: none of its {notes['unlabelled']:,} tasks has an annotation; annotate some, then export "
             "the project again as JSON"
         )
-    told = [f"{source.path}: {NOTES[note].format(count=count)}" for note, count in notes.items() if count]
-    return corpus_of_offsets(source.path, sentences, skipped, told)
+    lines = [f"{source.path}: {NOTES[note].format(count=count)}" for note, count in notes.items() if count]
+    return corpus_of_offsets(source.path, sentences, skipped, lines)
 
 
 def _lines(source: Source) -> Iterator[tuple[int, Any]]:
@@ -106,16 +106,16 @@ def _lines(source: Source) -> Iterator[tuple[int, Any]]:
 def _array(source: Source) -> Iterator[tuple[int, Any]]:
     """The records of a JSON array, each with the line it begins in."""
     text, decoder = source.text, json.JSONDecoder()
-    place = text.index("[") + 1
+    position = text.index("[") + 1
     line, counted = 1, 0  # the line of the character at `counted`
     separator = "["
     while True:
-        place = _skip_blank(text, place)
-        line, counted = line + text.count("\n", counted, place), place
-        if text[place : place + 1] == "]" and separator in "[]":
+        position = _skip_blank(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]" and separator != ",":
             break
         try:
-            record, place = decoder.raw_decode(text, place)
+            record, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
             where = error.lineno if isinstance(error, json.JSONDecodeError) else line
@@ -123,22 +123,22 @@ def _array(source: Source) -> Iterator[tuple[int, Any]]:
                 f"{source.path}:{where}: not JSON ({reason}); expected an array of objects such as {EXAMPLE}"
             ) from None
         yield line, record
-        place = _skip_blank(text, place)
-        separator = text[place : place + 1]
+        position = _skip_blank(text, position)
+        separator = text[position : position + 1]
         if separator == ",":
-            place += 1
+            position += 1
         elif separator != "]":
-            line += text.count("\n", counted, place)
+            line += text.count("\n", counted, position)
             raise UserError(f"{source.path}:{line}: expected a comma or the end of the array after an object")
-    rest = _skip_blank(text, place + 1)
+    rest = _skip_blank(text, position + 1)
     if rest < len(text):
         line += text.count("\n", counted, rest)
         raise UserError(f"{source.path}:{line}: {quote(text[rest : rest + 40])} after the end of the array")
 
 
-def _skip_blank(text: str, place: int) -> int:
-    match = BLANK.match(text, place)
-    return match.end() if match else place
+def _skip_blank(text: str, position: int) -> int:
+    match = BLANK.match(text, position)
+    return match.end() if match else position
 
 
 def _record(value: Any) -> Record | None:
@@ -215,9 +215,8 @@ def _entities(item: Any) -> list[Entity]:
     types = next((item[key] for key in ("type", "label", "labels", "hypertextlabels") if key in item), None)
     if isinstance(types, list) and not types:
         raise _no_entity(item)
-    text = item.get("text")
-    said = text if isinstance(text, str) else None
-    return [_entity(item, start, end, type_, said) for type_ in (types if isinstance(types, list) else [types])]
+    text = item.get("text") if isinstance(item.get("text"), str) else None
+    return [_entity(item, start, end, type_, text) for type_ in (types if isinstance(types, list) else [types])]
 
 
 def _entity(item: Any, start: Any, end: Any, type_: Any, text: str | None = None) -> Entity:
@@ -264,25 +263,28 @@ def _in_characters(text: str, entities: list[Entity]) -> list[Entity]:
 
 
 def _fits(text: str, entity: Entity) -> bool:
-    """Whether an entity lies in the text, and is there what the record says of it."""
+    """Whether an entity lies in the text, and agrees with the record's own copy of it."""
     inside = 0 <= entity.start < entity.end <= len(text)
     return inside and (entity.text is None or _agrees(text[entity.start : entity.end], entity.text))
 
 
-def _agrees(text: str, said: str) -> bool:
+def _agrees(text: str, copy: str) -> bool:
     """Whether a record's own copy of an entity is its text; tools trim white space and rewrite line ends."""
-    one, other = ("".join(copy.replace("\\n", "").split()) for copy in (text, said))
-    return one == other
+    return _without_white_space(text) == _without_white_space(copy)
+
+
+def _without_white_space(text: str) -> str:
+    return "".join(text.replace("\\n", "").split())
 
 
 def _checked(text: str, entity: Entity) -> tuple[int, int, str]:
     """Return (start, end, type) of an entity that lies in its text; white space of the type becomes _."""
-    start, end, type_, said = entity
+    start, end, type_, copy = entity
     if not 0 <= start < end <= len(text):
         raise Unreadable(f"{_show([start, end, type_])} is empty or outside its text of {len(text)} characters")
     if not _fits(text, entity):
         raise Unreadable(
-            f"the text from {start} to {end} is {quote(text[start:end])}, not {quote(str(said))}; offsets count "
+            f"the text from {start} to {end} is {quote(text[start:end])}, not {quote(str(copy))}; offsets count "
             "characters from 0, the end is not part of the entity (in CLUENER it is)"
         )
     if LONE_SURROGATE.search(type_):

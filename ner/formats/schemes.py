@@ -33,7 +33,7 @@ def no_tag(place: str, tag: str) -> UserError:
 
 @dataclass
 class Conversion:
-    """What was found out while tags became IOB2."""
+    """The scheme of a file's tags, and the repairs that made them IOB2."""
 
     scheme: str  # "BIO", "IOB1", "BIOES", "BMES" or "BILOU"
     repairs: int = 0  # orphan tags that were made to start an entity
