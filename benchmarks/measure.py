@@ -122,7 +122,7 @@ def main() -> None:
         return measure(options.name, options.times)
     for name, command in MEASUREMENTS.items():
         for measured in [source(measurement) for measurement in load(name)] or ["not measured"]:
-            print(f"{name:22}{measured:36}python {command}")
+            print(f"{name:22}{measured:36}  python {command}")
 
 
 if __name__ == "__main__":
