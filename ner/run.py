@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from ner import config as settings
 from ner.errors import UserError
 
 log = logging.getLogger("__main__")
+FORMAT = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
+MOST_HELD = 10_000  # log lines in memory
+NEVER = logging.CRITICAL + 1  # above every level: no line is so grave that those before it are written
 MAY_DIFFER = ("epochs", "output", "run", "checkpoint_minutes", "trackers", "test", "export")  # when a run goes on
 BEFORE_TRAINING = {"train.log", "config.yaml", "environment.json"}  # files of a run that has not trained yet
 
@@ -70,33 +74,12 @@ def opened(run: Path, writes: bool) -> Iterator[None]:
         yield
 
 
-class _LogFile(logging.FileHandler):
-    """A run's train.log. With `hold`, its lines stay in memory until write_held()."""
-
-    def __init__(self, path: Path, hold: bool):
-        super().__init__(path, encoding="utf-8")
-        self.is_holding = hold
-        self.held: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.is_holding:
-            self.held.append(record)
-        else:
-            super().emit(record)
-
-    def write_held(self) -> None:
-        """Write the lines held so far, and every later one at once."""
-        self.is_holding = False
-        for record in self.held:
-            self.handle(record)
-        self.held.clear()
-
-
 def write_held_log() -> None:
-    """Write what `opened` held back from train.log: the run that was to be resumed does go on."""
+    """Write what `opened` held back from train.log, and every later line at once: the run does go on."""
     for handler in logging.root.handlers:
-        if isinstance(handler, _LogFile):
-            handler.write_held()
+        if isinstance(handler, MemoryHandler):
+            handler.flush()
+            handler.capacity = 1
 
 
 @contextlib.contextmanager
@@ -150,23 +133,23 @@ def _logged(path: Path, hold: bool) -> Iterator[None]:
     hold: keep the file's lines in memory until write_held_log(); a UserError before that discards them.
     """
     raise_before, logging.raiseExceptions = logging.raiseExceptions, False  # a full disk must not end a run by its log
-    file = _LogFile(path, hold)
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), file]
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter(FORMAT))
+    held = MemoryHandler(MOST_HELD if hold else 1, flushLevel=NEVER, target=file)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter(FORMAT))
     try:
-        for handler in handlers:
-            handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
-            logging.root.addHandler(handler)  # other modules' and libraries' warnings come in the same form
+        logging.root.addHandler(terminal)  # other modules' and libraries' warnings come in the same form
+        logging.root.addHandler(held)
         log.setLevel(logging.INFO)
         yield
     except UserError as error:  # the terminal gets it from errors.command
-        file.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), None))
-        if file.is_holding:
-            file.held.clear()
+        held.handle(log.makeRecord(log.name, logging.ERROR, "", 0, str(error), (), None))
+        held.buffer.clear()  # of a resume that was refused
         raise
     finally:
-        file.write_held()  # of a resume that was not refused but failed otherwise
         logging.raiseExceptions = raise_before
-        for handler in handlers:
+        for handler in (terminal, held, file):  # closing writes what is still held: the resume failed otherwise
             logging.root.removeHandler(handler)
             with contextlib.suppress(OSError):
                 handler.close()
