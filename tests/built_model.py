@@ -1,9 +1,9 @@
 """Tiny models of every tuning, built and trained for a few steps, and their logits on one batch."""
 
 import functools
-import tempfile
 from pathlib import Path
 
+import folders
 import tiny
 import torch
 
@@ -18,7 +18,7 @@ def encoders() -> dict[str, Path]:
     """Return the folders of a tiny BERT (WordPiece, 128 positions) and a tiny RoBERTa (byte-level, 64 positions)."""
     from transformers import RobertaConfig, RobertaModel
 
-    folder = Path(tempfile.mkdtemp(prefix="ner-built-"))
+    folder = folders.until_exit("ner-built-")
     bert = tiny.encoder(folder / "bert")
     roberta = folder / "roberta"
     tokenizer = tiny.bytelevel(roberta)

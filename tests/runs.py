@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import folders
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,7 @@ IMPORTS = [
 @functools.cache
 def world() -> Path:
     """A folder with an encoder and the files train, dev and test, which `full` learns in three epochs."""
-    folder = Path(tempfile.mkdtemp(prefix="ner-tests-"))
+    folder = folders.until_exit("ner-tests-")
     tiny.encoder(folder / "encoder")
     for name, count, seed in (("train", 200, 0), ("dev", 40, 1), ("test", 40, 2)):
         tiny.corpus(folder / name, count, seed)
@@ -100,12 +101,16 @@ def refused(capsys, *arguments) -> str:
 
 
 class Process:
-    """main.py in a process of its own. `environment`: variables it gets; `output`: all that it printed."""
+    """main.py in a process of its own. `environment`: variables it gets; `output`: all that it printed.
 
-    def __init__(self, arguments: list[str], environment: dict | None = None, folder=None):
+    terminal: the device that it prints to instead, such as /dev/pts/3.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict | None = None, folder=None, terminal: str = ""):
         self._file = tempfile.NamedTemporaryFile(suffix=".txt")  # noqa: SIM115  (it lives as long as this object)
         self._process = _server().Process(
-            target=_child, args=(list(map(str, arguments)), self._file.name, environment or {}, folder or ROOT)
+            target=_child,
+            args=(list(map(str, arguments)), terminal or self._file.name, environment or {}, folder or ROOT),
         )
         self._process.start()
 
@@ -135,13 +140,14 @@ class Process:
 
 
 def until(condition, process: Process | None = None, seconds: float = 60) -> bool:
-    """Waits for a condition, polled as fast as it goes; False when the process has ended without it."""
+    """Waits for a condition, polled every millisecond; False when the process has ended without it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
             return True
         if process and not process.running:
             return bool(condition())
+        time.sleep(0.001)  # leaves the core to the process
     raise AssertionError(f"waited {seconds} seconds in vain" + (f":\n{process.output}" if process else ""))
 
 

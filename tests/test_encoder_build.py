@@ -28,11 +28,11 @@ ENV = {"OMP_NUM_THREADS": "1"}  # sums have the same order in every process
 
 
 def command(build_parts, work, output, *more):
-    """A build of a few hundred steps on one thread, with a checkpoint at every one of them."""
+    """A build of some sixty steps on one thread, with a checkpoint at every one of them."""
     _, text, held, gold = build_parts
     options = {"--gold": gold, "--held-out": held, "--work": work, "--output": output, "--batch-characters": 300}
-    options |= {"--checkpoint-minutes": 0, "--distill": 20000}
-    more = [*more] if "--start" in more else ["--characters", "4000", "8000", *more]
+    options |= {"--checkpoint-minutes": 0, "--distill": 6000}
+    more = [*more] if "--start" in more else ["--characters", "2000", "4000", *more]
     return [sys.executable, str(BUILD), str(text), *(str(part) for pair in options.items() for part in pair), *more]
 
 

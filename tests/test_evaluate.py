@@ -82,15 +82,10 @@ def test_data_of_another_unit_is_refused(run, tmp_path, capsys):
     assert stopped.value.code == 2 and "words: its lines hold words" in capsys.readouterr().err
 
 
-def test_the_run_is_found_and_scored_from_another_folder(run):
-    done = subprocess.run(
-        [sys.executable, str(runs.ROOT / "evaluate.py"), "--run", run, "--json", "-"],
-        cwd="/",
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((run / "test.json").read_text("utf-8"))
+def test_the_run_is_found_and_scored_from_another_folder(run, monkeypatch, capsys):
+    monkeypatch.chdir("/")
+    evaluate.main(["--run", str(run), "--json", "-"])
+    assert json.loads(capsys.readouterr().out) == json.loads((run / "test.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize(("break_it", "names"), [

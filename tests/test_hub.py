@@ -3,17 +3,14 @@
 import base64
 import http.server
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 from made_run import TEXTS, piped, run_of, tagged, without_scores
 
-from ner import config
+from ner import config, model, saved_model
 from ner import hub as model_hub
 from ner.errors import UserError
 
@@ -95,23 +92,24 @@ def test_an_adapter_of_a_local_encoder_goes_up_merged_and_comes_down_by_name(lor
     wanted = tagged(lora_run / "model", TEXTS)
     assert piped(down, TEXTS) == wanted
     assert without_scores(tagged(down, TEXTS)) == without_scores(wanted)
-    # as an encoder for the next one, by its name: from the hub, then from its cache with no hub at all
-    code = """
-import os, sys
-from ner import config, model, saved_model
-made = config.load(["--pretrained", "me/it", "--head", "softmax"])[0]
-for endpoint in (os.environ["HF_ENDPOINT"], "http://127.0.0.1:9"):
+
+
+def test_an_upload_is_an_encoder_by_its_name_also_from_the_cache_with_no_hub_at_all(
+    lora_run, hub, tmp_path, monkeypatch
+):
     from huggingface_hub import constants
-    constants.ENDPOINT = endpoint
-    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    network, tokenizer, meta = model.build(made, ["O", "B-X", "I-X"], "character")
-    saved_model.save(network, tokenizer, meta, sys.argv[1])
-    print(meta["pretrained"], saved_model.load(sys.argv[1])[0].config.num_labels)
-"""
-    surroundings = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint}
-    argv = [sys.executable, "-c", code, str(tmp_path / "next")]
-    done = subprocess.run(argv, cwd=config.ROOT, capture_output=True, text=True, env=surroundings)
-    assert done.stdout == "me/it 3\n" * 2, done.stderr
+
+    model_hub.push(lora_run, "me/it")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    settings = config.load(["--pretrained", "me/it", "--head", "softmax"])[0]
+    for endpoint in (hub.endpoint, "http://127.0.0.1:9"):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"  # built once, of HF_ENDPOINT
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        network, tokenizer, meta = model.build(settings, ["O", "B-X", "I-X"], "character")
+        saved_model.save(network, tokenizer, meta, tmp_path / "next")
+        assert meta["pretrained"] == "me/it"
+        assert saved_model.load(tmp_path / "next")[0].config.num_labels == 3
 
 
 def test_virtual_tokens_go_up_with_their_encoder(encoder, hub, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -199,9 +200,9 @@ def test_a_wrong_key_is_answered_before_torch_is_imported():
 def test_a_bar_is_shown_on_a_terminal_only(tmp_path, capfd):
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    command = [sys.executable, "main.py", *runs.argv(tmp_path)]
-    process = subprocess.Popen(command, cwd=runs.ROOT, stdout=follower, stderr=follower, stdin=follower)
-    os.close(follower)
+    process = runs.Process(runs.argv(tmp_path), terminal=os.ttyname(follower))
+    assert select.select([leader], [], [], 90)[0], "it writes to the terminal"
+    os.close(follower)  # not before: a terminal that nobody has open cannot be read from
     shown = b""
     try:
         while chunk := os.read(leader, 65536):

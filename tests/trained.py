@@ -2,9 +2,9 @@
 
 import functools
 import shutil
-import tempfile
 from pathlib import Path
 
+import folders
 import tiny
 import torch
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ def build(folder, tokenizer, unit="character", seed=0):
 @functools.cache
 def run() -> Path:
     """Return the folder of a run without an export."""
-    folder = Path(tempfile.mkdtemp(prefix="ner-trained-"))
+    folder = folders.until_exit("ner-trained-")
     network, tokenizer, meta = build(folder / "encoder", tiny.wordpiece())
     sentences = tiny.sentences(240)
     windows = Windower(tokenizer, "character", True, 64).windows([chars for chars, _ in sentences])
@@ -54,7 +54,7 @@ def run() -> Path:
 @functools.cache
 def exported() -> Path:
     """Return the folder of the same run with model_int8.onnx in its model folder."""
-    folder = Path(tempfile.mkdtemp(prefix="ner-exported-"))
+    folder = folders.until_exit("ner-exported-")
     shutil.copytree(run(), folder / "run")
     dev = [Sentence(chars, tags, line) for line, (chars, tags) in enumerate(tiny.sentences(40, seed=2), 1)]
     export.write_onnx(folder / "run", "int8", dev)
@@ -77,7 +77,7 @@ KINDS = {
 def random_predictor(kind: str) -> Predictor:
     """Return an untrained model: it sees entities everywhere, which makes offsets easy to get wrong."""
     unit, tokenizer = KINDS[kind]
-    network, tokens, meta = build(Path(tempfile.mkdtemp(prefix="ner-random-")), tokenizer(), unit, seed=5)
+    network, tokens, meta = build(folders.until_exit("ner-random-"), tokenizer(), unit, seed=5)
     return Predictor(Tagger(network, tokens, meta))
 
 
