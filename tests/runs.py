@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -101,16 +102,18 @@ def refused(capsys, *arguments) -> str:
 
 
 class Process:
-    """main.py in a process of its own. `environment`: variables it gets; `output`: all that it printed.
+    """main.py, or another script, in a process of its own. `environment`: variables it gets; `output`: what it printed.
 
     terminal: the device that it prints to instead, such as /dev/pts/3.
     """
 
-    def __init__(self, arguments: list[str], environment: dict | None = None, folder=None, terminal: str = ""):
+    def __init__(
+        self, arguments: list, environment: dict | None = None, terminal: str = "", script: Path = ROOT / "main.py"
+    ):
         self._file = tempfile.NamedTemporaryFile(suffix=".txt")  # noqa: SIM115  (it lives as long as this object)
         self._process = _server().Process(
             target=_child,
-            args=(list(map(str, arguments)), terminal or self._file.name, environment or {}, folder or ROOT),
+            args=(script, list(map(str, arguments)), terminal or self._file.name, environment or {}),
         )
         self._process.start()
 
@@ -165,13 +168,12 @@ def _server():
     return context
 
 
-def _child(arguments, output, environment, folder):
+def _child(script, arguments, output, environment):
     handle = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ |= environment
-    os.chdir(folder)
-    sys.argv = ["main.py", *arguments]
-    import main
-
-    main.main(arguments)
+    os.chdir(ROOT)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")

@@ -1,69 +1,52 @@
 """data/encoder/build.py from raw wheel contents to a loadable encoder, on stand-ins for the two wheels."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
+import runs
 import torch
-from encoder_parts import (
-    CHARS,
-    FOLDER,
-    lac,
-    start,
-    training,
-)
+from encoder_parts import CHARS, FOLDER, lac, start, training
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 BUILD = FOLDER / "build.py"
 
 
-ENV = {"OMP_NUM_THREADS": "1"}  # sums have the same order in every process
-
-
-def command(build_parts, work, output, *more):
-    """A build of some sixty steps on one thread, with a checkpoint at every one of them."""
+def arguments(build_parts, work, output, *more) -> list[str]:
+    """Return the command line of a build of some sixty steps, with a checkpoint at every one of them."""
     _, text, held, gold = build_parts
     options = {"--gold": gold, "--held-out": held, "--work": work, "--output": output, "--batch-characters": 300}
     options |= {"--checkpoint-minutes": 0, "--distill": 6000}
     more = [*more] if "--start" in more else ["--characters", "2000", "4000", *more]
-    return [sys.executable, str(BUILD), str(text), *(str(part) for pair in options.items() for part in pair), *more]
+    return [str(text), *(str(part) for pair in options.items() for part in pair), *more]
 
 
-def run(command):
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | ENV)
+def run(arguments) -> str:
+    """Run a build, in a process of one thread, to its end. Return what it printed."""
+    process = runs.Process(arguments, script=BUILD)
+    assert process.wait(300) == 0, process.output
+    return process.output
 
 
-def stopped_in(command, checkpoint, number):
+def stopped_in(arguments, checkpoint, number) -> str:
     """Start a build, and send it a signal once it has written this checkpoint. Return what it printed."""
-    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | ENV
-    )
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
-            os.kill(process.pid, number)
-            break
-        time.sleep(0.005)
-    printed = process.communicate(timeout=120)[0]
-    assert process.returncode, printed
-    return printed
+    process = runs.Process(arguments, script=BUILD)
+    assert runs.until(checkpoint.exists, process, 120), process.output
+    process.send(number)
+    assert process.wait() != 0, process.output
+    return process.output
 
 
 @pytest.fixture(scope="module")
 def built(build_parts):
     """(work folder, output folder) of a build of all steps that was stopped once by SIGTERM."""
     work, output = build_parts[0], build_parts[0].parent / "encoder"
-    printed = stopped_in(command(build_parts, work, output), work / "tags" / training.CHECKPOINT, signal.SIGTERM)
+    printed = stopped_in(arguments(build_parts, work, output), work / "tags" / training.CHECKPOINT, signal.SIGTERM)
     assert "train: stopped" in printed and not output.exists()
-    printed = run(command(build_parts, work, output)).stdout
+    printed = run(arguments(build_parts, work, output))
     assert printed.count("goes on at step") == 1 and "gold: 40 pieces" in printed, "the held-out one of 41 is left out"
     return work, output
 
@@ -92,13 +75,13 @@ def test_killed_moved_and_gone_on_with_gives_the_same_weights(build_parts, built
         work.mkdir()
         shutil.copytree(built[0] / "wheels", work / "wheels")
     more = "--start", str(built[1])
-    once = run(command(build_parts, first, tmp_path / "once", *more)).stdout
+    once = run(arguments(build_parts, first, tmp_path / "once", *more))
     assert "tags: Recipe" not in once and "share " in once
 
-    killed = command(build_parts, second, tmp_path / "never", *more)
+    killed = arguments(build_parts, second, tmp_path / "never", *more)
     stopped_in(killed, second / "distill" / training.CHECKPOINT, signal.SIGKILL)
     second = second.rename(tmp_path / "moved")
-    printed = run(command(build_parts, second, tmp_path / "twice", *more)).stdout
+    printed = run(arguments(build_parts, second, tmp_path / "twice", *more))
     assert "goes on at step" in printed and not (tmp_path / "never").exists()
     for name in "model.safetensors", "config.json", "tokenizer.json":
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes(), name

@@ -1,6 +1,8 @@
 """Reads a config.yaml that a test writes."""
 
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -25,9 +27,6 @@ def fails(folder, text, *argv):
 
 def run_or_error(text):
     """A Config, or the message of the UserError: nothing else may come of any file."""
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as folder:
         try:
             made = load(Path(folder), text)
