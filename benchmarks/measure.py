@@ -43,7 +43,7 @@ MEASUREMENTS = {
     "smoothing-ner_data": f"{NER_LORA} --seeds 11 12 13 {NER_EPOCHS} --head softmax --label_smoothing 0.1",
     "focal-ner_data": f"{NER_LORA} --seeds 11 12 13 {NER_EPOCHS} --head softmax --loss focal",
     "methods-ner_data": f"benchmarks/scores.py --data ner_data --tuning {METHODS} --seeds 1 {NER_EPOCHS}",
-    "train-ner_data": "benchmarks/train.py --data ner_data --sentences 500 --epochs 2",
+    "train-ner_data": "benchmarks/train.py --data ner_data --sentences 500",
     "train-msra": "benchmarks/train.py",
     "base-size": "benchmarks/base_size.py",
     "ray-msra": "benchmarks/cluster.py",

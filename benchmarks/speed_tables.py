@@ -17,7 +17,8 @@ def figure(values: Iterable[float], digits: int = 0) -> str:
     return f"{shown} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
 
 
-PEERS = {"peer_": "Trainer + peft", "tuned_": "with `bf16=True`, length-grouped"}  # prefix of its figures -> its name
+# Prefix of a peer's figures -> its name.
+PEERS = {"peer_": "Trainer + peft", "tuned_": "the same, length-grouped, `bf16=True` where native"}
 
 
 def training_speed(chinese: bool) -> tuple[list[str], Rows]:

@@ -6,10 +6,11 @@
 Each side trains in a process of its own, in turn, so that each has the machine and its peak memory to itself.
 There are two peers, both of benchmarks/train_peer.py. `trainer` is written as the PEFT token-classification guide has
 it: DataCollatorForTokenClassification, the Trainer's defaults for everything not named, so float32 on a CPU.
-`trainer_tuned` is what a practitioner would switch on: bf16=True and length-grouped batches. Encoder, sentences,
-epochs, batch size, learning rate, weight decay and the adapter's rank and alpha are the same on all sides; DIFFERENCES
-below is what is not, printed and written too. Against `trainer` the figures are `ratio`, `peer_f1` and so on; against
-`trainer_tuned` they begin with `tuned_`.
+`trainer_tuned` is what a practitioner would switch on: length-grouped batches, and bf16=True where the device
+multiplies it natively (emulated, it is several times slower than float32). Encoder, sentences, epochs, batch size,
+learning rate, weight decay and the adapter's rank and alpha are the same on all sides; DIFFERENCES below is what is
+not, printed and written too. Against `trainer` the figures are `ratio`, `peer_f1` and so on; against `trainer_tuned`
+they begin with `tuned_`.
 
 Speed counts real tokens (no padding) over the training time alone. `peak_share` is the share of the matrix peak that
 the whole loop reaches, `step_peak_share` that of single steps, which benchmarks/train_steps.py times.
@@ -33,7 +34,8 @@ PEERS = {"trainer": "peer_", "trainer_tuned": "tuned_"}  # what their figures be
 SHOWN = ("tokens_per_second", "seconds_per_epoch", "f1", "peak_mb")  # of every side
 DIFFERENCES = {
     "precision": "main.py: auto, bfloat16 weights with float32 master copies where the device multiplies it natively; "
-    "trainer: float32 on a CPU, bf16=True on a GPU; trainer_tuned: bf16=True (autocast over float32 weights)",
+    "trainer: float32 on a CPU, bf16=True on a GPU; trainer_tuned: bf16=True (autocast over float32 weights) where the "
+    "device multiplies it natively",
     "batches": "main.py: windows of like length together; trainer: any together; trainer_tuned: length-grouped",
     "head": "main.py: learns ten times as fast (head_factor 10); the Trainer: at the common learning rate",
     "weights scored": "main.py: a running mean of the weights (averaging); the Trainer: the last ones",
