@@ -1,7 +1,7 @@
 """Linear layers with LoRA adapters as one product with one gradient.
 
 peft computes a LoRA layer as four operations with a gradient each. `LoraProduct` is one function whose backward pass
-takes the thin products first, while their input is still in the caches (3 to 4% of a step).
+takes the thin products first, while their input is still in the caches.
 """
 
 from dataclasses import dataclass
