@@ -9,12 +9,10 @@ Rows = list[list[str]]
 
 
 def figure(values: Iterable[float], digits: int = 0) -> str:
-    """Return the median, with the lowest and the highest where there are several: `3,542 (3,401–3,600)`."""
+    """Return the median, with the lowest and the highest where they differ: `3,542 (3,401–3,600)`."""
     values = list(values)
-    shown = f"{median(values):,.{digits}f}"
-    if len(values) == 1:
-        return shown
-    return f"{shown} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
+    middle, lowest, highest = (f"{value:,.{digits}f}" for value in (median(values), min(values), max(values)))
+    return middle if lowest == highest else f"{middle} ({lowest}–{highest})"
 
 
 # Prefix of a peer's figures -> its name.

@@ -49,6 +49,8 @@ def test_tables_are_what_the_measurements_give():
 def test_a_figure_of_several_runs_has_its_spread():
     assert speed_tables.figure([3542.0]) == "3,542"
     assert speed_tables.figure([1.0, 3.0, 2.0], 1) == "2.0 (1.0–3.0)"
+    assert speed_tables.figure([0.7681, 0.7679], 3) == "0.768"
+    assert speed_tables.quartiles([1.0, 1.1, 1.2, 1.3, 1.4]) == "1.20 (1.05–1.35)"
     assert tables.spread([0.875, 0.874, 0.872]) == "0.874 ± 0.002 (3)"
 
 
