@@ -75,6 +75,7 @@ def train(
         results.discard(run)
     describe(training, run)  # only now: a resume that is refused leaves the run as it was
     checkpoints.begin()
+    folder.write_held_log()
     with progress_bar(training.steps_an_epoch, shown=writes) as bar, Stop(accelerator) as stop:
         for epoch in range(progress.epoch, config.epochs):
             log.info("epoch %d begin", epoch + 1)

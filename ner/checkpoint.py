@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ner import adalora, saved_model
-from ner import run as folder
 from ner.errors import UserError
 from ner.files import remove_leftovers, replacing, temporary_path, write_text
 from ner.optimizer import Optimizer
@@ -166,10 +165,9 @@ class Checkpoints:
             return False
 
     def begin(self) -> None:
-        """Make the checkpoint's folder, as training begins: from now on the run's folder and its log stay."""
+        """Make the checkpoint's folder, as training begins: from now on the run's folder stays."""
         if self.writes:
             (self.run / FILE).parent.mkdir(exist_ok=True)
-            folder.write_held_log()
 
     def due(self) -> bool:
         """Return whether it is time for the next checkpoint."""
