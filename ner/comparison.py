@@ -71,7 +71,7 @@ def differing(runs: list[Sentences]) -> dict[str, Any]:
     """
     common = [key for key in runs[0] if all(key in run for run in runs[1:])]
     units = [unit for key in common for unit in runs[0][key].units]
-    separator = " " if sum(len(unit) > 1 for unit in units) > mistakes.MANY_WORDS * len(units) else ""
+    separator = mistakes.separator_of(sum(len(unit) > 1 for unit in units), len(units))
     differences: list[Difference] = []
     types: set[str] = set()
     faultless = [0] * len(runs)  # sentences without an error, for each run

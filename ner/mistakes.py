@@ -68,6 +68,11 @@ def errors(matches: list[Pair]) -> int:
     return sum(pair.kind != CORRECT for pair in matches)
 
 
+def separator_of(words: int, units: int) -> str:
+    """Return what stands between two units, of which so many are words of several characters: a space or nothing."""
+    return " " if words > MANY_WORDS * units else ""
+
+
 @dataclass
 class Mistakes:
     """The counts over many sentences, and the worst of these."""
@@ -103,7 +108,7 @@ class Mistakes:
     @property
     def separator(self) -> str:
         """What stands between two units: a space between words, nothing between characters."""
-        return " " if self.words > MANY_WORDS * self.units else ""
+        return separator_of(self.words, self.units)
 
     def by_type(self) -> dict[str, Counter]:
         """Return type -> kind -> count; an entity counts under its gold type, a spurious one under the predicted."""
