@@ -51,7 +51,6 @@ MEASUREMENTS = {
     "predict-msra": "benchmarks/predict.py --sentences 300",
     "predict-ner_data": "benchmarks/predict.py --data ner_data/test --sentences 300",
 }
-SPEEDS = ("train-", "base-size", "ray-", "kernels", "predict-")  # how their names begin
 
 
 def load(name: str) -> list[dict]:
@@ -73,7 +72,8 @@ def measure(name: str, times: int) -> None:
                 raise SystemExit(f"{' '.join(command)}: ended with status {status}")
             runs.append(json.loads(file.read_text("utf-8")))
     measurement = circumstances(name) | {"runs": runs}
-    kind = "." + re.sub(r"\W+", "-", measurement["cpu"].lower()) if name.startswith(SPEEDS) else ""
+    is_score = MEASUREMENTS[name].startswith("benchmarks/scores.py")
+    kind = "" if is_score else "." + re.sub(r"\W+", "-", measurement["cpu"].lower())
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps(measurement, ensure_ascii=False, indent=1)
     (RESULTS / f"{name}{kind}.json").write_text(text + "\n", encoding="utf-8")
@@ -108,6 +108,11 @@ def source(measurement: dict) -> str:
     """Return the commit and the date of a measurement, and the kind of processor where it depends on that."""
     cpu = [measurement["cpu"]] if "cpu" in measurement else []
     return ", ".join([*cpu, measurement["commit"], measurement["date"]])
+
+
+def how_measured(measurement: dict) -> list[str]:
+    """Return the last two cells of a row: the command, and what source() says."""
+    return [f"`{measurement['command']}`", source(measurement)]
 
 
 def main() -> None:

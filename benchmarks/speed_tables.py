@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from statistics import median, quantiles
 
-from measure import load, source
+from measure import how_measured, load, source
 
 Rows = list[list[str]]
 
@@ -25,14 +25,19 @@ def training_speed(chinese: bool) -> tuple[list[str], Rows]:
     rows = []
     for name in ("train-ner_data", "train-msra"):
         for measurement in load(name):
-            for tuning in measurement["runs"][0]:
-                training = f"{name.removeprefix('train-')}, `{tuning}`"
-                runs = [run[tuning] for run in measurement["runs"]]
-                for prefix, peer in PEERS.items():
-                    if f"{prefix}tokens_per_second" in runs[0]:
-                        command = f"`{measurement['command']}`"
-                        rows.append([training, *against(runs, prefix, peer), command, source(measurement)])
+            rows += training_rows(name.removeprefix("train-"), measurement)
     return head, rows
+
+
+def training_rows(data: str, measurement: dict) -> Rows:
+    """Return a row for each tuning of a measurement and each peer that it has figures of."""
+    rows = []
+    for tuning in measurement["runs"][0]:
+        runs = [run[tuning] for run in measurement["runs"]]
+        for prefix, peer in PEERS.items():
+            if f"{prefix}tokens_per_second" in runs[0]:
+                rows.append([f"{data}, `{tuning}`", *against(runs, prefix, peer), *how_measured(measurement)])
+    return rows
 
 
 def against(runs: list[dict], prefix: str, peer: str) -> list[str]:
@@ -54,7 +59,7 @@ def kernels(chinese: bool) -> tuple[list[str], Rows]:
         for name in steps["lora"]:
             cells = [quartiles(steps[tuning][name]) if name in steps[tuning] else "–" for tuning in ("lora", "full")]
             what = "all of them (`kernels: plain`)" if name == "plain" else name
-            rows.append([what, *cells, f"`{measurement['command']}`", source(measurement)])
+            rows.append([what, *cells, *how_measured(measurement)])
     return head, rows
 
 
@@ -80,8 +85,7 @@ def tagging_speed(chinese: bool) -> tuple[list[str], Rows]:
     for name in ("predict-msra", "predict-ner_data"):
         for measurement in load(name):
             cells = [figure([run[key] for run in measurement["runs"]], digits) for key, digits in columns.values()]
-            command = f"`{measurement['command']}`"
-            rows.append([name.removeprefix("predict-"), *cells, command, source(measurement)])
+            rows.append([name.removeprefix("predict-"), *cells, *how_measured(measurement)])
     return ["tagging", *columns, "command", "measured"], rows
 
 
@@ -99,8 +103,7 @@ def base_size(chinese: bool) -> tuple[list[str], Rows]:
                     for key, digits in (("seconds_per_step", 2), ("peak_mb", 0), ("tokens_per_second", 0))
                 ]
                 ratio = figure([run["ratio"] for run in runs], 1)
-                command = f"`{measurement['command']}`"
-                rows.append([names[size], f"`{tuning}`", *pairs, ratio, command, source(measurement)])
+                rows.append([names[size], f"`{tuning}`", *pairs, ratio, *how_measured(measurement)])
     return head, rows
 
 
@@ -113,7 +116,7 @@ def ray_speed(chinese: bool) -> tuple[list[str], Rows]:
             ray, plain = ([run[way][count] for run in measurement["runs"]] for way in ("ray", "plain"))
             cells = [figure([run[key] for run in way]) for key in ("loaded", "whole") for way in (ray, plain)]
             ratio = figure([run["ratio"] for run in ray], 2)
-            rows.append([count, *cells[:2], ratio, *cells[2:], f"`{measurement['command']}`", source(measurement)])
+            rows.append([count, *cells[:2], ratio, *cells[2:], *how_measured(measurement)])
     return head, rows
 
 

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from measure import load, source  # noqa: E402
+from measure import how_measured, load  # noqa: E402
 from speed_tables import Rows, base_size, cost, kernels, ray_speed, tagging_speed, training_speed  # noqa: E402
 
 from ner.tunings import BASE_SIZE, TUNINGS  # noqa: E402
@@ -76,8 +76,7 @@ def score_row(data: str, tuning: str, seeds: list[dict], measurement: dict) -> l
         *(spread(counted(seeds, *which)) for which in averages),
         spread(seed["dev_f1"] for seed in seeds if "dev_f1" in seed),
         ", ".join(by_type) or "–",
-        f"`{measurement['command']}`",
-        source(measurement),
+        *how_measured(measurement),
     ]
 
 

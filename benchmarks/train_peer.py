@@ -28,7 +28,7 @@ from transformers import (
 from ner import formats
 from ner import scores as scoring
 from ner.corpus import Sentence, label_list
-from ner.precision import choose_dtype
+from ner.precision import cpu_has_bfloat16
 
 MAX_LENGTH = 512  # tokens; the guide cuts off what is longer
 IGNORED = -100  # the label of tokens that are not scored
@@ -66,7 +66,6 @@ def build_model(tuning: str, encoder: Path, labels: int) -> Any:
 def training_arguments(setup: Setup, folder: str, tuned: bool) -> TrainingArguments:
     """Return the Trainer's settings; tuned: with batches of like length, and bfloat16 where it is native."""
     has_gpu = torch.cuda.is_available()
-    fastest, _ = choose_dtype("auto", "cuda" if has_gpu else "cpu")
     return TrainingArguments(
         output_dir=folder,
         learning_rate=RATES[setup.tuning],
@@ -78,7 +77,7 @@ def training_arguments(setup: Setup, folder: str, tuned: bool) -> TrainingArgume
         report_to="none",
         seed=setup.seed,
         disable_tqdm=True,
-        bf16=has_gpu or (tuned and fastest == torch.bfloat16),
+        bf16=has_gpu or (tuned and cpu_has_bfloat16()),
         use_cpu=not has_gpu,
         train_sampling_strategy="group_by_length" if tuned else "random",
     )
