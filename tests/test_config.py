@@ -49,7 +49,7 @@ def test_configs_that_ship_are_right(file):
     assert config.rate_warning(made) is None
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.builds(
         config.Config,
