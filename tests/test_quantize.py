@@ -1,4 +1,6 @@
-"""8-bit ONNX files: outliers that ruin plain dynamic quantization are borne, and shared weights stay shared."""
+"""8-bit ONNX files: outliers cost little, shared weights stay shared, a text's logits are its own."""
+
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -37,29 +39,58 @@ class FeedForward(torch.nn.Module):
         return self.classifier(hidden)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_outliers_cost_less_than_by_plain_dynamic_quantization(tmp_path, shared):
-    model = FeedForward(shared).eval()
+def exported(model: torch.nn.Module, folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """Write the model's graph, for any batch, and return its file with the inputs that it was traced on."""
     ids = torch.randint(0, 50, (8, 20), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids.numpy(), "attention_mask": np.ones((8, 20), np.int64)}
-    example = (ids, torch.ones_like(ids))
-    names = list(inputs)
     torch.onnx.export(
         model,
-        example,
-        str(tmp_path / "model.onnx"),
-        input_names=names,
+        (ids, torch.ones_like(ids)),
+        str(folder / "model.onnx"),
+        input_names=list(inputs),
         output_names=["logits"],
+        dynamic_axes=dict.fromkeys([*inputs, "logits"], {0: "batch"}),
         opset_version=17,
         dynamo=False,
     )
-    quantize(tmp_path / "model.onnx", tmp_path / "ours.onnx", [inputs])
-    quantize_dynamic(tmp_path / "model.onnx", tmp_path / "plain.onnx", weight_type=QuantType.QInt8, per_channel=True)
-    expected = model(*example).detach().numpy()
-    errors = {}
-    for name in ("ours", "plain"):
-        session = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"), providers=["CPUExecutionProvider"])
-        errors[name] = np.abs(session.run(["logits"], inputs)[0] - expected).mean()
+    return folder / "model.onnx", inputs
+
+
+def session(file: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    """Load a file; write the graph that ONNX Runtime makes of it to `optimized`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_outliers_cost_less_than_by_plain_dynamic_quantization(tmp_path, shared):
+    model = FeedForward(shared).eval()
+    source, inputs = exported(model, tmp_path)
+    quantize(source, tmp_path / "ours.onnx", [inputs])
+    quantize_dynamic(source, tmp_path / "plain.onnx", weight_type=QuantType.QInt8, per_channel=True)
+    expected = model(*map(torch.from_numpy, inputs.values())).detach().numpy()
+    errors = {
+        name: np.abs(session(tmp_path / f"{name}.onnx").run(["logits"], inputs)[0] - expected).mean()
+        for name in ("ours", "plain")
+    }
     assert errors["ours"] < errors["plain"] * 0.7, errors
-    operators = [node.op_type for node in onnx.load(str(tmp_path / "ours.onnx")).graph.node]
-    assert "ReduceMax" in operators and "MatMulInteger" in operators
+
+
+def test_products_of_weights_are_computed_in_8_bits(tmp_path):
+    source, inputs = exported(FeedForward().eval(), tmp_path)
+    quantize(source, tmp_path / "int8.onnx", [inputs])
+    session(tmp_path / "int8.onnx", tmp_path / "optimized.onnx")
+    operators = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
+    assert operators.count("MatMulIntegerToFloat") == 4 and operators.count("MatMul") == 1  # the classifier
+
+
+def test_logits_of_a_text_do_not_depend_on_the_texts_beside_it(tmp_path):
+    source, inputs = exported(FeedForward().eval(), tmp_path)
+    quantize(source, tmp_path / "int8.onnx", [inputs])
+    model = session(tmp_path / "int8.onnx")
+    together = model.run(["logits"], inputs)[0]
+    alone = [model.run(["logits"], {name: rows[i : i + 1] for name, rows in inputs.items()})[0][0] for i in range(8)]
+    np.testing.assert_array_equal(together, np.stack(alone))
