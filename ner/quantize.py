@@ -1,4 +1,4 @@
-"""A float32 ONNX file → one that multiplies in 8 bits, a quarter of the size and about three times as fast on a CPU.
+"""A float32 ONNX file → one that multiplies in 8 bits: a quarter of the size, and faster on a CPU.
 
 ONNX Runtime's static quantization gives all numbers that enter a matrix product one scale, by the range that they have
 on sample sentences. (Dynamic quantization measures the range of each batch, so what is found in a text depends on the
