@@ -121,18 +121,11 @@ def ray_speed(chinese: bool) -> tuple[list[str], Rows]:
 
 
 def cost(chinese: bool) -> tuple[list[str], Rows]:
-    """The table of docs/cluster.md: hours of one machine or one worker, from the measured rates."""
-    head = ["to tag", "with", "hours", "at characters a second", "measured"]
-    rates = []
-    for measurement in load("predict-msra"):
-        rate = median(run["characters_per_second"] for run in measurement["runs"])
-        rates.append(("one process on all cores", rate, source(measurement)))
-    for measurement in load("ray-msra"):
-        rate = median(run["ray"]["1"]["loaded"] for run in measurement["runs"])
-        rates.append(("one Ray worker of one thread", rate, source(measurement)))
+    """The table of docs/cluster.md: hours of one process on all cores of a machine, from the measured rates."""
     amounts = (("a million sentences of 43 characters", 43e6), ("a billion characters", 1e9))
-    return head, [
-        [text, what, f"{characters / rate / 3600:.2f}", f"{rate:,.0f}", measured]
-        for text, characters in amounts
-        for what, rate, measured in rates
-    ]
+    rows = []
+    for text, characters in amounts:
+        for measurement in load("predict-msra"):
+            rate = median(run["characters_per_second"] for run in measurement["runs"])
+            rows.append([text, f"{characters / rate / 3600:.2f}", f"{rate:,.0f}", source(measurement)])
+    return ["to tag", "hours", "at characters a second", "measured"], rows
