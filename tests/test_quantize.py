@@ -79,12 +79,15 @@ def test_outliers_cost_less_than_by_plain_dynamic_quantization(tmp_path, shared)
     assert errors["ours"] < errors["plain"] * 0.7, errors
 
 
-def test_products_of_weights_are_computed_in_8_bits(tmp_path):
-    source, inputs = exported(FeedForward().eval(), tmp_path)
+@pytest.mark.parametrize(("shared", "in_8_bits"), [(False, 4), (True, 2)])  # shared: those of the first reader
+def test_products_of_weights_are_computed_in_8_bits(tmp_path, shared, in_8_bits):
+    source, inputs = exported(FeedForward(shared).eval(), tmp_path)
     quantize(source, tmp_path / "int8.onnx", [inputs])
     session(tmp_path / "int8.onnx", tmp_path / "optimized.onnx")
     operators = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
-    assert operators.count("MatMulIntegerToFloat") == 4 and operators.count("MatMul") == 1  # the classifier
+    assert operators.count("MatMulIntegerToFloat") == in_8_bits
+    assert operators.count("MatMul") == 5 - in_8_bits  # the classifier and what is left in float32
+    assert "ReduceMax" in operators  # tokens that enter a second matrix are scaled
 
 
 def test_logits_of_a_text_do_not_depend_on_the_texts_beside_it(tmp_path):
