@@ -12,6 +12,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "data/encoder"
 sys.path.insert(0, str(FOLDER))
 # Its modules are imported from here, once they can be found.
 import batches  # noqa: E402, F401
+import build  # noqa: E402, F401
 import e5  # noqa: E402, F401
 import lac  # noqa: E402, F401
 import start  # noqa: E402, F401

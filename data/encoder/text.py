@@ -74,14 +74,14 @@ def _grams(text: str) -> Iterator[str]:
     return (text[i : i + GRAM] for i in range(len(text) - GRAM + 1))
 
 
-def collect(work: Path, paths: list[Path], held_out: HeldOut, limit: int | None) -> list[str]:
+def collect(work: Path, paths: list[Path], held_out: HeldOut, limit: int | None, seed: int = 0) -> list[str]:
     """Return the training pieces in random order, at most `limit`; write them to text.json, or read them from it.
 
     Whitespace is dropped, every line is used once, and none repeats a held-out file: checked again at the end."""
     target = work / "text.json"
     if target.exists():
         return json.loads(target.read_text(encoding="utf-8"))
-    rng, dropped = random.Random(0), 0
+    rng, dropped = random.Random(seed), 0
     seen: set[str] = set()
     pieces: list[str] = []
     for path in paths:

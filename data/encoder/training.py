@@ -75,12 +75,12 @@ class Recipe:
 
 
 class Optimizer:
-    """AdamW on float32 copies of bfloat16 weights, which are written back after each step."""
+    """AdamW on float32 copies of weights that compute in `dtype`, which are written back after each step."""
 
-    def __init__(self, student: Student, head_factor: float):
+    def __init__(self, student: Student, head_factor: float, dtype: torch.dtype):
         parameters = student.named_parameters()
         self.masters = {name: weight.detach().clone().requires_grad_() for name, weight in parameters}
-        student.to(torch.bfloat16)
+        student.to(dtype)
         self.weights = dict(student.named_parameters())
         groups = [
             {"params": [m for name, m in self.masters.items() if name.startswith("heads") == is_head], "factor": factor}
@@ -186,16 +186,18 @@ def train(
     maker: Maker,
     streams: dict[str, Pieces],
     folder: Path,
+    dtype: torch.dtype,
     checkpoint_seconds: float,
     log_seconds: float = 60,
 ) -> None:
     """Train the student as the recipe says, from the checkpoint in `folder` if there is one; afterwards its weights are
-    float32. streams: "text" and, where there are sentences with gold tags, "gold". Interrupted or not, the result is
-    the same.
+    float32. Interrupted or not, the result is the same.
+
+    streams: "text" and, where there are sentences with gold tags, "gold". dtype: what the student computes in.
 
     After an interruption the recipe may have other lengths: the learning rate goes on as theirs. Raises SystemExit when
     it was stopped by a signal."""
-    optimizer = Optimizer(student, recipe.head_factor)
+    optimizer = Optimizer(student, recipe.head_factor, dtype)
     progress = load_checkpoint(folder, optimizer, maker.device)
     batches = {name: stream.batches(progress.batches[name]) for name, stream in streams.items()}
     log, stop, saved = Log(recipe.total, progress, log_seconds), Stop(), time.time()
