@@ -99,8 +99,8 @@ def _file_lines(file: dict[str, Any], paint: Paint) -> list[str]:
     width = max(map(len, file["types"]), default=0)
     for type_, entities in file["types"].items():
         lines.append(
-            f"  {paint(CYAN, type_.ljust(width))} {entities['count']:>8,} entities, {entities['forms']:>6,} forms: "
-            f"{_counted(entities['examples'])}"
+            f"  {paint(CYAN, type_.ljust(width))} {entities['count']:>8,} entities, {entities['adjacent']:>5,} of them "
+            f"right after another, {entities['forms']:>6,} forms: {_counted(entities['examples'])}"
         )
     if tokens := file.get("tokenizer"):
         lines.append(

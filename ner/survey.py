@@ -131,12 +131,16 @@ def _describe(
 ) -> dict[str, Any]:
     """Return what is told of one file; its entities are counted into `types_of_form` too."""
     types: dict[str, Counter[str]] = defaultdict(Counter)
+    adjacent: Counter[str] = Counter()  # type -> entities with nothing between them and the one before
     separator = " " if corpus.unit == "word" else ""
     for sentence in corpus.sentences:
+        end_before = None
         for type_, start, end in spans(sentence.tags):
             form = separator.join(sentence.units[start:end])
             types[type_][form] += 1
             types_of_form[form][type_] += 1
+            adjacent[type_] += start == end_before
+            end_before = end
     report = {
         "path": corpus.path,
         "sentences": len(corpus.sentences),
@@ -146,7 +150,12 @@ def _describe(
         "repairs": corpus.repairs,
         "skipped": corpus.skipped,
         "types": {
-            type_: {"count": forms.total(), "forms": len(forms), "examples": dict(forms.most_common(5))}
+            type_: {
+                "count": forms.total(),
+                "forms": len(forms),
+                "adjacent": adjacent[type_],
+                "examples": dict(forms.most_common(5)),
+            }
             for type_, forms in sorted(types.items())
         },
         "lengths": _lengths(corpus, windower, max_length),

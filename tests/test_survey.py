@@ -75,8 +75,8 @@ def test_the_survey_counts_entities_forms_and_lengths():
     )
     (file,) = survey.survey([corpus], max_length=5)["files"]
     assert file["types"] == {
-        "A": {"count": 2, "forms": 1, "examples": {"北京": 2}},
-        "B": {"count": 1, "forms": 1, "examples": {"x": 1}},
+        "A": {"count": 2, "forms": 1, "adjacent": 1, "examples": {"北京": 2}},
+        "B": {"count": 1, "forms": 1, "adjacent": 0, "examples": {"x": 1}},
     }
     lengths = file["lengths"]
     assert (lengths["min"], lengths["max"], lengths["mean"], lengths["need_windows"]) == (1, 4, 2.5, 1)
