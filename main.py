@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         if flags.resume:
             folder.check_same(config, run)
         corpus, dev, test = corpora.read(config, accelerator)
+        config = settings.with_epochs(config, len(corpus.sentences))
         progress = train(config, run, accelerator, corpus, dev)
         finish(config, run, accelerator, progress, dev, test, flags.push_to_hub)
 
@@ -71,13 +72,13 @@ def train(
     progress = checkpoints.resume() or Progress(
         data=training.digest, encoder=training.encoder_digests, micro_batch=config.batch_size
     )
-    if writes and (progress.epoch < config.epochs or config.test is None):
+    if writes and (progress.epoch < training.epochs or config.test is None):
         results.discard(run)
     describe(training, run)  # only now: a resume that is refused leaves the run as it was
     checkpoints.begin()
     folder.write_held_log()
     with progress_bar(training.steps_an_epoch, shown=writes) as bar, Stop(accelerator) as stop:
-        for epoch in range(progress.epoch, config.epochs):
+        for epoch in range(progress.epoch, training.epochs):
             log.info("epoch %d begin", epoch + 1)
             train_epoch(training, progress, checkpoints, stop, bar)
             if not stop.agreed():

@@ -19,8 +19,8 @@ stands the value that an option has when it is left out. A run writes all it mak
 """
 EXAMPLES = """Examples:
   python main.py
-  python main.py --train my/train --dev my/dev --test my/test --epochs 8
-  python main.py --train my/train --dev null --test null
+  python main.py --train my/train --dev my/dev --test my/test
+  python main.py --train my/train --dev null --test null --epochs 8
   python main.py --pretrained bert-base-chinese --tuning full --epochs 3
   python main.py --config my.yaml --lora.r 8 --run rank-8
   python main.py --resume latest"""

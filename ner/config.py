@@ -19,7 +19,17 @@ import pydantic
 import yaml
 
 from ner import command_line, config_file
-from ner.config_schema import EFFECT_ONLY_WITH, FIELDS, GROUPS, SAMPLE, Config, Lora, allowed
+from ner.config_schema import (
+    EFFECT_ONLY_WITH,
+    FEWEST_EPOCHS,
+    FIELDS,
+    GROUPS,
+    MOST_EPOCHS,
+    SAMPLE,
+    Config,
+    Lora,
+    allowed,
+)
 from ner.errors import UserError, command
 from ner.paths import ROOT, expand_home, portable_path, resolve_path
 from ner.tunings import BASE_SIZE, TUNINGS
@@ -27,6 +37,7 @@ from ner.tunings import BASE_SIZE, TUNINGS
 __all__ = ["FIELDS", "ROOT", "Config", "Flags", "Lora", "allowed", "dump", "load", "load_run", "resolve_path"]
 PATHS = ("train", "dev", "test", "pretrained")  # keys that name a file or folder which exists before the run
 DEFAULT_CORPUS = "data/msra/train"
+SENTENCES_OF_A_RUN = 32_000  # that epochs: auto goes through, where its bounds let it: 2,000 steps of 16
 COMMENT_COLUMN = 29
 HEAD = """\
 # The config of `python main.py`. Every key is an option of the command too: --epochs 8, --lora.r 8; see --help.
@@ -83,7 +94,7 @@ def with_defaults(config: Config) -> Config:
     """Return the config with what suits tuning, encoder and corpus in place of `auto` and null.
 
     learning_rate and head_factor become numbers, max_train_sentences a number or None, missing paths that exist
-    become absolute.
+    become absolute. What `epochs: auto` means is known when train is read: see with_epochs().
     """
     rate, factor = TUNINGS[config.tuning].rates(_hidden_size(config.pretrained))
     limit = config.max_train_sentences
@@ -97,6 +108,14 @@ def with_defaults(config: Config) -> Config:
             "output": expand_home(config.output),
         }
     )
+
+
+def with_epochs(config: Config, sentences: int) -> Config:
+    """Return the config with a number in place of `epochs: auto`, by how many sentences are trained on (at least 1)."""
+    if config.epochs != "auto":
+        return config
+    epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(SENTENCES_OF_A_RUN / sentences)))
+    return config.model_copy(update={"epochs": epochs})
 
 
 def rate_warning(config: Config) -> str | None:

@@ -14,6 +14,7 @@ GROUPS = {  # the first key of each group -> what the group is called
     "max_train_sentences": "Tuning: how the model learns. The defaults suit the encoder and the tuning method.",
     "special_tokens": "Expert: rarely worth a change.",
 }
+FEWEST_EPOCHS, MOST_EPOCHS = 3, 12  # that epochs: auto takes
 SAMPLE = 8000  # sentences of the default corpus that max_train_sentences: auto takes
 RUN_NAME = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$"
 
@@ -55,7 +56,9 @@ class Config(_Strict):
     )
     pretrained: str = _key("data/encoder", "Pretrained encoder: a folder, or a name on the hub.", min_length=1)
     tuning: TuningName = _key("lora", f"Method: {', '.join(TUNINGS)}.")
-    epochs: int = _key(4, "Passes over train; a small corpus wants more.", ge=1)
+    epochs: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] = _key(
+        "auto", f"Passes over train; auto: {FEWEST_EPOCHS} to {MOST_EPOCHS}, the more the smaller train is."
+    )
     batch_size: int = _key(16, "Windows in a batch: sentences, or parts of long ones.", ge=1)
     output: str = _key("output", "Folder that holds all runs.", min_length=1)
 

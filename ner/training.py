@@ -72,12 +72,18 @@ class Training:
     @functools.cached_property
     def time_left(self) -> TimeLeft:
         """Says how long the run will take."""
-        return TimeLeft(tokens_of(self.windows), self.config.epochs)
+        return TimeLeft(tokens_of(self.windows), self.epochs)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole run."""
+        assert self.config.epochs != "auto"  # settings.with_epochs() has put in what it means
+        return self.config.epochs
 
     @property
     def steps_an_epoch(self) -> int:
@@ -86,7 +92,7 @@ class Training:
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.config.epochs * self.steps_an_epoch
+        return self.epochs * self.steps_an_epoch
 
     @property
     def logged_steps(self) -> tuple[int, int, int]:
@@ -141,7 +147,7 @@ class Training:
     def summary(self) -> str:
         """Return a line on the windows and steps of an epoch, the tuning and its learning rate."""
         windows = f"{len(self.windows)} windows of at most {self.meta['max_length']} tokens"
-        steps = f"{self.windows_a_step} in a step, {self.steps_an_epoch} steps an epoch"
+        steps = f"{self.windows_a_step} in a step, {self.steps_an_epoch} steps an epoch, {self.epochs} epochs"
         return f"{windows}, {steps}; {self.config.tuning} at learning rate {self.config.learning_rate:g}"
 
     def why_nothing_is_predicted(self, steps: int) -> str:

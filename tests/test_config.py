@@ -137,6 +137,13 @@ def test_a_sample_is_taken_of_the_default_corpus_only(tmp_path):
         assert dumped.max_train_sentences == limit, "a run's config.yaml says what was used"
 
 
+@pytest.mark.parametrize("sentences, epochs", [(1, 12), (300, 12), (2_700, 12), (4_000, 8), (8_000, 4), (48_277, 3)])
+def test_a_smaller_corpus_has_more_epochs(sentences, epochs):
+    made = config.load([])[0]
+    assert made.epochs == "auto" and config.with_epochs(made, sentences).epochs == epochs
+    assert config.with_epochs(config.load(["--epochs", "5"])[0], sentences).epochs == 5
+
+
 def test_paths_are_absolute_from_the_start(tmp_path, monkeypatch):
     """The same relative path in the working folder and in the project: what was read is what is written down."""
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from runs import log, losses, metrics
 from safetensors.torch import load_file
 
 import main
+from ner import config as settings
 from ner import scores as scoring
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,6 +32,13 @@ def test_the_best_epoch_is_chosen_on_dev_and_saved(tmp_path, monkeypatch):
     assert any(not saved[name].equal(weight) for name, weight in weights[2].items())
     assert json.loads((tmp_path / "run" / "finished.json").read_text("utf-8")) == {"best_epoch": 2, "epochs": 3}
     assert "开始测试第2轮模型在测试集上的效果" in log(tmp_path / "run")
+
+
+def test_the_run_says_how_many_epochs_suit_the_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "SENTENCES_OF_A_RUN", 0)
+    main.main(runs.argv(tmp_path, epochs="auto"))
+    assert len(metrics(tmp_path / "run")) == settings.load_run(tmp_path / "run").epochs == 3
+    assert "13 steps an epoch, 3 epochs; full" in log(tmp_path / "run")
 
 
 def test_averaged_weights_are_scored_and_saved_and_training_is_the_same(tmp_path):
