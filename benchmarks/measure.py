@@ -33,10 +33,12 @@ NER_EPOCHS = "-- --epochs 8"
 
 # Name of a measurement -> its command, without `python` and `--json`.
 MEASUREMENTS = {
-    "scores-ner_data": f"{NER_LORA} full {SEEDS} {NER_EPOCHS}",
-    "scores-ner_data-300": f"{NER_LORA} {SEEDS} {NER_EPOCHS} --max_train_sentences 300",
+    "scores-ner_data": f"{NER_LORA} full {SEEDS}",
+    "scores-ner_data-300": f"{NER_LORA} {SEEDS} -- --max_train_sentences 300",
     "scores-msra": f"benchmarks/scores.py --tuning lora {SEEDS}",
     "scores-msra-all": "benchmarks/scores.py --tuning lora --seeds 1 -- --max_train_sentences null --epochs 3",
+    "epochs8-ner_data": f"{NER_LORA} full {SEEDS} {NER_EPOCHS}",
+    "epochs8-ner_data-300": f"{NER_LORA} {SEEDS} {NER_EPOCHS} --max_train_sentences 300",
     "softmax-ner_data": f"{NER_LORA} {SOFTMAX_SEEDS} {NER_EPOCHS} --head softmax",
     "softmax-msra": f"benchmarks/scores.py --tuning lora {SEEDS} -- --head softmax",
     "fgm-ner_data": f"{NER_LORA} --seeds 1 2 3 {NER_EPOCHS} --adversarial fgm",

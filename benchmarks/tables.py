@@ -83,7 +83,8 @@ def score_row(data: str, tuning: str, seeds: list[dict], measurement: dict) -> l
 def scores(chinese: bool) -> tuple[list[str], Rows]:
     """The table of README: what a user gets by default."""
     names = {
-        "scores-ner_data": "ner_data，1,412 句，8 轮" if chinese else "ner_data, 1,412 sentences, 8 epochs",
+        "scores-ner_data": "ner_data，1,412 句，12 轮" if chinese else "ner_data, 1,412 sentences, 12 epochs",
+        "scores-ner_data-300": "ner_data，300 句，12 轮" if chinese else "ner_data, 300 sentences, 12 epochs",
         "scores-msra": "MSRA，抽样 8,000 句，4 轮" if chinese else "MSRA, a sample of 8,000 sentences, 4 epochs",
         "scores-msra-all": "MSRA，全部，3 轮" if chinese else "MSRA, all of train, 3 epochs",
     }
@@ -96,10 +97,12 @@ def all_scores(chinese: bool) -> tuple[list[str], Rows]:
     names = {
         "scores-ner_data": "ner_data",
         "scores-ner_data-300": "ner_data, 300 sentences",
-        "softmax-ner_data": "ner_data, `head: softmax`",
-        "fgm-ner_data": "ner_data, `adversarial: fgm`",
-        "smoothing-ner_data": "ner_data, `label_smoothing: 0.1`",
-        "focal-ner_data": "ner_data, `loss: focal`",
+        "epochs8-ner_data": "ner_data, 8 epochs",
+        "epochs8-ner_data-300": "ner_data, 300 sentences, 8 epochs",
+        "softmax-ner_data": "ner_data, 8 epochs, `head: softmax`",
+        "fgm-ner_data": "ner_data, 8 epochs, `adversarial: fgm`",
+        "smoothing-ner_data": "ner_data, 8 epochs, `label_smoothing: 0.1`",
+        "focal-ner_data": "ner_data, 8 epochs, `loss: focal`",
         "scores-msra": "MSRA, 8,000 sentences",
         "softmax-msra": "MSRA, 8,000 sentences, `head: softmax`",
         "scores-msra-all": "MSRA, all of train",
