@@ -87,6 +87,21 @@ def test_killed_moved_and_gone_on_with_gives_the_same_weights(build_parts, built
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes(), name
 
 
+def test_work_folder_of_another_build_is_refused(build_parts, built, tmp_path):
+    """It would go on with text that other files were kept out of, or in another order, and say nothing."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in "build.json", "text.json":
+        shutil.copy(built[0] / name, work / name)
+    other = tmp_path / "held"
+    other.write_text("另外的一句话。\n", encoding="utf-8")
+    for option, value in ("--seed", 1), ("--held-out", other), ("--pieces", 100):
+        process = runs.Process(arguments(build_parts, work, tmp_path / "never", option, str(value)), script=BUILD)
+        assert process.wait(60) == 2, process.output
+        expected = f"error: {work}: begun with another {option}; give the same again, or another --work\n"
+        assert process.output.endswith(expected) and "Traceback" not in process.output
+
+
 @pytest.mark.parametrize("text", ["中国，ABC 12３４　😀\n\t\u200b한글", "", " ", "[CLS]", "e\u0301"])
 def test_tokenizer_gives_one_token_a_character(tmp_path, text):
     start.write_tokenizer(sorted(set(CHARS + "，ABC 12３４")), tmp_path)

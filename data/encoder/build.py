@@ -22,6 +22,7 @@ analyser, what it knows of language from e5.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -40,12 +41,14 @@ from e5 import E5, E5File, read_e5  # noqa: E402
 from lac import Lac  # noqa: E402
 from start import initialise, read_vocabulary  # noqa: E402
 from student import Student  # noqa: E402
-from text import HeldOut, collect, collect_gold  # noqa: E402
+from text import HeldOut, collect, collect_gold, write_whole  # noqa: E402
 from training import Recipe, train  # noqa: E402
 from transformers import BertModel  # noqa: E402
 from wheels import E5_FILE, LAC_FOLDER, fetch  # noqa: E402
 
 from ner import kernels  # noqa: E402
+from ner.encoder import sha256  # noqa: E402
+from ner.errors import UserError, command  # noqa: E402
 from ner.precision import choose_dtype  # noqa: E402
 
 CYCLES = [9.2e6, 10e6, 5.5e6]
@@ -181,9 +184,38 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_same_build(options: argparse.Namespace) -> None:
+    """Keep in the work folder what its files depend on, or compare with what it was begun with.
+
+    Files are compared by what they hold, so they may have moved. Raises UserError where something differs."""
+    work = options.work
+
+    def contents(files: list[Path]) -> list[str]:
+        return [sha256(file) for file in files]
+
+    now = {
+        "texts": contents(options.texts),
+        "--held-out": contents(options.held_out),
+        "--gold": contents([options.gold] if options.gold else []),
+        "--start": contents([options.start / "model.safetensors"] if options.start else []),
+        "--pieces": options.pieces,
+        "--seed": options.seed,
+        "--batch-characters": options.batch_characters,
+        "--e5-layers": options.e5_layers,
+    }
+    target = work / "build.json"
+    if (work / "text.json").exists():
+        begun = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+        if differ := [name for name, value in now.items() if begun.get(name) != value]:
+            raise UserError(f"{work}: begun with another {', '.join(differ)}; give the same again, or another --work")
+    write_whole(target, json.dumps(now, indent=1).encode())
+
+
+@command
 def main() -> None:
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
+    check_same_build(options)
     wheels, held_out = fetch(options.work), HeldOut(options.held_out)
     pieces = collect(options.work, options.texts, held_out, options.pieces, options.seed)
     gold_pieces, gold_tags, names = collect_gold(options.gold, held_out)
