@@ -14,6 +14,7 @@ sys.path.insert(0, str(FOLDER))
 import batches  # noqa: E402, F401
 import build  # noqa: E402, F401
 import e5  # noqa: E402, F401
+import finetuned  # noqa: E402, F401
 import lac  # noqa: E402, F401
 import start  # noqa: E402, F401
 import student  # noqa: E402, F401

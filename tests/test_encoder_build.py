@@ -69,14 +69,16 @@ def test_all_steps_leave_an_encoder(build_parts, built):
 
 
 def test_killed_moved_and_gone_on_with_gives_the_same_weights(build_parts, built, tmp_path):
-    """From weights alone: once through, and killed, moved and gone on with."""
+    """From weights alone, with a model as a teacher: once through, and killed, moved and gone on with."""
+    model = runs.argv(tmp_path, run="model", train=build_parts[3], dev=None, test=None, epochs=1, head="crf")
+    assert runs.exit_code(*model) == 0
     first, second = tmp_path / "first", tmp_path / "second"
     for work in first, second:
         work.mkdir()
         shutil.copytree(built[0] / "wheels", work / "wheels")
-    more = "--start", str(built[1])
+    more = "--start", str(built[1]), "--teachers", str(tmp_path / "model")
     once = run(arguments(build_parts, first, tmp_path / "once", *more))
-    assert "tags: Recipe" not in once and "share " in once
+    assert "tags: Recipe" not in once and "share " in once and "silver " in once
 
     killed = arguments(build_parts, second, tmp_path / "never", *more)
     stopped_in(killed, second / "distill" / training.CHECKPOINT, signal.SIGKILL)

