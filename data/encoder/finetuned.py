@@ -15,9 +15,9 @@ PIECES = 2048  # of which the probabilities are held in memory together
 class FineTuned:
     """Finished runs of main.py as one teacher: the mean of their tag probabilities."""
 
-    def __init__(self, folders: list[Path], tags: list[str]):
+    def __init__(self, folders: list[Path], tags: list[str], device: str = "cpu"):
         """tags: the gold tags, by whose numbers the text is labelled. Raises UserError where a run has others."""
-        self.tags, self.taggers = tags, [Tagger.of(folder) for folder in folders]
+        self.tags, self.taggers = tags, [Tagger.of(folder, device) for folder in folders]
         for folder, tagger in zip(folders, self.taggers, strict=True):
             if sorted(tagger.labels) != sorted(tags):
                 raise UserError(f"{folder}: tags with {tagger.labels}, expected those of --gold; train it on that file")
