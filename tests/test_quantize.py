@@ -27,7 +27,7 @@ class FeedForward(torch.nn.Module):
         for layer in self.second:
             layer.weight.data[:, :2] *= 0.1
         for layer in self.first:
-            layer.weight.data[:2] *= 20
+            layer.weight.data[:2] *= 60
         if shared:
             self.first[1], self.second[1] = self.first[0], self.second[0]
         self.classifier = torch.nn.Linear(HIDDEN, 5)
@@ -77,7 +77,7 @@ def test_outliers_cost_less_than_by_plain_dynamic_quantization(tmp_path, shared)
         name: np.abs(session(tmp_path / f"{name}.onnx").run(["logits"], inputs)[0] - expected).mean()
         for name in ("ours", "plain")
     }
-    assert errors["ours"] < errors["plain"] * 0.9, errors
+    assert errors["ours"] < errors["plain"] * 0.7, errors
 
 
 @pytest.mark.parametrize(("shared", "in_8_bits"), [(False, 4), (True, 2)])  # shared: those of the first reader
