@@ -117,12 +117,3 @@ def test_tokenizer_gives_one_token_a_character(tmp_path, text):
     assert raw["input_ids"] == split["input_ids"]
     with_specials = tokenizer(text)["input_ids"]
     assert [with_specials[0], with_specials[-1]] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
-
-
-@pytest.mark.parametrize("variant", ["words", "swaps", "replaced", "layers"])
-def test_variants_run(build_parts, built, tmp_path, variant):
-    (tmp_path / "work").mkdir()
-    shutil.copytree(built[0] / "wheels", tmp_path / "work/wheels")
-    more = "--start", str(built[1]), "--variant", variant
-    printed = run(arguments(build_parts, tmp_path / "work", tmp_path / "out", *more))
-    assert ("replaced " in printed) == (variant == "replaced")

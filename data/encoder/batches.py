@@ -5,16 +5,13 @@ import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from e5 import E5
 from lac import TOP, Labeller, Lac, labels_of
 from student import Batch
-
-if TYPE_CHECKING:
-    from swaps import Swaps
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 UNK, CLS, SEP, MASK = range(1, 5)
@@ -44,12 +41,10 @@ class Pieces:
         plain_share: float = 1.0,
         gold: list[list[int]] | None = None,
         silver: Labeller | None = None,
-        swaps: "Swaps | None" = None,
     ):
         """labels: where the shards' labels go, a path to which `-000.npy` and so on is added; plain_share: of the
         pieces without an entity only this share is used; gold: tags of each piece; silver: who labels the pieces
-        with soft gold tags; swaps: who exchanges entities."""
-        self.swaps = swaps
+        with soft gold tags."""
         self.lac, self.silver, self.labels = lac, silver, labels
         self.batch_characters, self.plain_share = batch_characters, plain_share
         self.is_entity = np.array([tag.startswith(ENTITIES) for tag in lac.tags])
@@ -69,14 +64,8 @@ class Pieces:
                     labels = self._labels(self.lac, number)
                     gold = self.gold[number] if self.gold else [None] * len(shard)
                     silver = self._labels(self.silver, number, "silver-") if self.silver else [None] * len(shard)
-                    pieces = [Piece(*parts) for parts in zip(shard, labels, gold, silver, strict=True)]
-                    pool = self.swaps.pool(pieces) if self.swaps else {}
-                    for place, batch in enumerate(planned[skip:], skip):
-                        ready = [pieces[chosen[j]] for j in batch]
-                        if self.swaps:
-                            rng = random.Random(f"{epoch} {number} {place}")
-                            ready = [self.swaps.exchange(piece, pool, rng) for piece in ready]
-                        yield ready
+                    for batch in planned[skip:]:
+                        yield [Piece(shard[i], labels[i], gold[i], silver[i]) for i in (chosen[j] for j in batch)]
                 skip = max(0, skip - len(planned))
 
     def _labels(self, teacher: Labeller, number: int, prefix: str = "") -> list[np.ndarray]:

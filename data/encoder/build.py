@@ -42,7 +42,6 @@ from finetuned import FineTuned  # noqa: E402
 from lac import Lac  # noqa: E402
 from start import initialise, read_vocabulary  # noqa: E402
 from student import Student  # noqa: E402
-from swaps import Swaps  # noqa: E402
 from text import HeldOut, collect, collect_gold, write_whole  # noqa: E402
 from training import Recipe, train  # noqa: E402
 from transformers import BertModel  # noqa: E402
@@ -62,11 +61,6 @@ TEACHERS_HELP = (
 DISTILL_HELP = (
     "characters of the step `distill` (0: none). It may be another number after an interruption: the learning rate "
     "goes on as if it had been so from the beginning, so that a smaller number brings its decay forward"
-)
-VARIANT_HELP = (
-    "a variant of `distill`, to compare: the analyser's words masked whole and predicted (words), entities exchanged "
-    "for others of their type (swaps), replaced characters detected (replaced; ELECTRA, Clark et al. 2020), e5's "
-    "vectors after layer 6 too (layers)"
 )
 
 
@@ -97,8 +91,8 @@ def tags_recipe(cycles: list[float]) -> Recipe:
     )
 
 
-def distill_recipe(characters: float, variant: str | None) -> Recipe:
-    recipe = Recipe(
+def distill_recipe(characters: float) -> Recipe:
+    return Recipe(
         objectives={"tags": 1.0, "gold": 1.0, "silver": 1.0, "vectors": 1.0},
         cycles=[characters],
         learning_rate=3e-4,
@@ -110,13 +104,6 @@ def distill_recipe(characters: float, variant: str | None) -> Recipe:
         head_factor=10.0,
         detached=0.02,
     )
-    if variant == "words":
-        recipe.masking, recipe.objectives["masked"] = "words", 0.3
-    elif variant == "swaps":
-        recipe.swaps = 0.3
-    elif variant == "replaced":
-        recipe.objectives |= {"masked": 1.0, "replaced": 5.0}
-    return recipe
 
 
 def run_step(name: str, recipe: Recipe, start: Path, material: Material, options: argparse.Namespace) -> Path:
@@ -126,9 +113,8 @@ def run_step(name: str, recipe: Recipe, start: Path, material: Material, options
     device = best_device()
     dtype = compute_type(device)
     print(f"{name}: {recipe}, from {start.name}, on {device} in {dtype}", flush=True)
-    student = make_student(recipe, start, material, device, vectors=2 if options.variant == "layers" else 1)
-    also = 6 if options.variant == "layers" else 0
-    e5 = E5(material.e5, options.e5_layers, device, dtype, also) if "vectors" in recipe.objectives else None
+    student = make_student(recipe, start, material, device)
+    e5 = E5(material.e5, options.e5_layers, device, dtype) if "vectors" in recipe.objectives else None
     maker = Maker(read_vocabulary(start), material.lac, e5, recipe.masking, recipe.masked, device)
     streams = make_streams(recipe, material, options)
     train(student, recipe, maker, streams, folder, dtype, options.checkpoint_minutes * 60)
@@ -146,10 +132,8 @@ def compute_type(device: str) -> torch.dtype:
     return torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
 
 
-def make_student(recipe: Recipe, start: Path, material: Material, device: str, vectors: int) -> Student:
-    """Return the encoder in the folder `start`, in float32 and without dropout, with new heads, always the same.
-
-    vectors: how many of e5's it learns for a character."""
+def make_student(recipe: Recipe, start: Path, material: Material, device: str) -> Student:
+    """Return the encoder in the folder `start`, in float32 and without dropout, with new heads, always the same."""
     torch.manual_seed(0)
     encoder = BertModel.from_pretrained(
         start,
@@ -159,9 +143,7 @@ def make_student(recipe: Recipe, start: Path, material: Material, device: str, v
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    student = Student(
-        encoder, list(recipe.objectives), len(material.gold_names), vectors * material.e5.header["hidden"]
-    )
+    student = Student(encoder, list(recipe.objectives), len(material.gold_names), material.e5.header["hidden"])
     kernels.prepare(student, torch.float32, device)
     return student.train()
 
@@ -170,11 +152,9 @@ def make_streams(recipe: Recipe, material: Material, options: argparse.Namespace
     """Return the training text and, where there are some, the sentences with gold tags."""
     lac, labels, size = material.lac, options.work / "labels", options.batch_characters
     text_silver = material.silver if "silver" in recipe.objectives else None
-    swaps = Swaps(material.gold_names, recipe.swaps) if recipe.swaps else None
-    text = Pieces(material.pieces, lac, labels / "text", size, recipe.plain_share, silver=text_silver, swaps=swaps)
-    streams = {"text": text}
+    streams = {"text": Pieces(material.pieces, lac, labels / "text", size, recipe.plain_share, silver=text_silver)}
     if material.gold_pieces:
-        streams["gold"] = Pieces(material.gold_pieces, lac, labels / "gold", size, gold=material.gold_tags, swaps=swaps)
+        streams["gold"] = Pieces(material.gold_pieces, lac, labels / "gold", size, gold=material.gold_tags)
     return streams
 
 
@@ -209,7 +189,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--characters", type=float, nargs="+", default=CYCLES, metavar="N", help=CYCLES_HELP)
     add("--distill", type=float, default=22e6, metavar="N", help=DISTILL_HELP)
     add("--e5-layers", type=int, default=8, help="e5's vectors are those after this layer (default 8 of its 12)")
-    add("--variant", choices=["words", "swaps", "replaced", "layers"], help=VARIANT_HELP)
     add("--pieces", type=int, help="take only this many pieces of text")
     add("--seed", type=int, default=0, help="order of the text; with --start, take one that was not used yet")
     add("--batch-characters", type=int, default=3072)
@@ -263,7 +242,7 @@ def main() -> None:
         initialise(result, material.e5, pieces)
         result = run_step("tags", tags_recipe(options.characters), result, material, options)
     if options.distill:
-        result = run_step("distill", distill_recipe(options.distill, options.variant), result, material, options)
+        result = run_step("distill", distill_recipe(options.distill), result, material, options)
     hand_over(result, options.output)
 
 

@@ -131,15 +131,12 @@ class _Compatible(dict):
 class E5:
     """The vectors of multilingual-e5-small after its first layers, for every character of a text."""
 
-    def __init__(self, file: E5File, layers: int, device: str, dtype: torch.dtype, also: int = 0):
-        """also: the vectors after this layer too, in front of the others."""
+    def __init__(self, file: E5File, layers: int, device: str, dtype: torch.dtype):
         self.tokenizer, self.pad, self.compatible = make_tokenizer(file), file.header["pad"], _Compatible()
         words = file.tensors["emb.word"].view(file.header["vocab"], -1)
         attention = kernels.attention_implementation(device)
-        self.model = bert_of(file, list(range(also or layers)), words, attn_implementation=attention)
-        self.upper = bert_of(file, list(range(also, layers)), words, attn_implementation=attention) if also else None
-        for model in (self.model, self.upper) if self.upper else (self.model,):
-            kernels.prepare(model.eval().requires_grad_(False), dtype, device)
+        self.model = bert_of(file, list(range(layers)), words, attn_implementation=attention)
+        kernels.prepare(self.model.eval().requires_grad_(False), dtype, device)
 
     def tokenize(self, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return ids and mask, int64 [texts, tokens], and places, int64 [texts, length]: at i + 1 the token that covers
@@ -161,9 +158,7 @@ class E5:
         """Return float32 [texts, length, hidden], layer-normalised without weights: the vector of character i of a text
         at i + 1, and zero where no character is."""
         ids, mask, places = (tensor.to(self.model.device) for tensor in self.tokenize(texts, length))
-        states = [self.model(input_ids=ids, attention_mask=mask).last_hidden_state]
-        if self.upper:
-            states.append(self.upper.encoder(states[0], mask[:, None, None].bool()).last_hidden_state)
-        normed = [torch.nn.functional.layer_norm(layer.float(), layer.shape[-1:]) for layer in states]
-        vectors = torch.cat(normed, -1)[torch.arange(len(texts), device=ids.device)[:, None], places]
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        states = torch.nn.functional.layer_norm(states, states.shape[-1:])
+        vectors = states[torch.arange(len(texts), device=states.device)[:, None], places]
         return vectors * (places > 0)[..., None]  # place 0 is <s>, which covers no character

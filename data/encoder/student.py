@@ -1,6 +1,5 @@
 """The encoder with the heads it is trained by, and the loss of each."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +7,6 @@ import torch.nn.functional as F
 from lac import TAGS
 from torch import nn
 from transformers import BertModel
-
-GENERATOR_LAYERS = 2  # of the encoder's own, to begin with: a third of its depth (ELECTRA, Clark et al. 2020)
 
 
 @dataclass
@@ -55,31 +52,18 @@ class Student(nn.Module):
             heads["gold"] = nn.Linear(hidden, gold_tags)
         if "vectors" in objectives:
             heads["vectors"] = nn.Linear(hidden, width)
-        self.heads, self.generator = heads, None
-        if "replaced" in objectives:
-            heads["replaced"] = nn.Linear(hidden, 1)
-            self.generator = copy.deepcopy(encoder)
-            self.generator.embeddings = encoder.embeddings
-            self.generator.encoder.layer = self.generator.encoder.layer[:GENERATOR_LAYERS]
-            self.generator.config.num_hidden_layers = GENERATOR_LAYERS
+        self.heads = heads
 
     def forward(self, batch: Batch, detached: bool = False) -> dict[str, torch.Tensor]:
         """Return the loss of each objective of which the batch has something.
 
         detached: the encoder gets no gradient; only the heads learn."""
-        losses, ids = {}, batch.ids
-        if self.generator is not None:
-            with torch.set_grad_enabled(not detached):
-                guesses = self.generator(input_ids=ids, attention_mask=batch.mask).last_hidden_state
-            losses["masked"], ids, replaced = self._replace(guesses, batch)
         with torch.set_grad_enabled(not detached):
-            states = self.encoder(input_ids=ids, attention_mask=batch.mask).last_hidden_state
-        if self.generator is not None:
-            scores, real = self.heads["replaced"](states).float()[..., 0], batch.shares[..., 0] > 0
-            losses["replaced"] = F.binary_cross_entropy_with_logits(scores[real], replaced[real].float())
+            states = self.encoder(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        losses = {}
         if "tags" in self.heads:
             losses["tags"] = self._tags("tags", states, batch.tags, batch.shares)
-        if "masked" in self.heads and self.generator is None:
+        if "masked" in self.heads:
             losses["masked"] = self._masked(states, batch)
         if "gold" in self.heads and batch.gold is not None:
             scores = self.heads["gold"](states).float().flatten(0, 1)
@@ -100,20 +84,6 @@ class Student(nn.Module):
         words = self.encoder.embeddings.word_embeddings.weight
         scores = self.heads["masked"](states.flatten(0, 1)[batch.masked], words).float()
         return F.cross_entropy(scores, batch.originals, reduction="sum") / (batch.originals >= 0).sum().clamp(min=1)
-
-    def _replace(self, states: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the generator's loss; the ids with what it says in place of what was masked, int64 [rows, length];
-        and where that is another character, bool [rows, length]."""
-        words = self.encoder.embeddings.word_embeddings.weight
-        scores = self.heads["masked"](states.flatten(0, 1)[batch.masked], words).float()
-        real = batch.originals >= 0
-        loss = F.cross_entropy(scores, batch.originals, reduction="sum") / real.sum().clamp(min=1)
-        said = torch.multinomial(scores.detach().softmax(-1), 1)[:, 0]
-        ids, places = batch.ids.flatten().clone(), batch.masked[real]
-        ids[places] = said[real]
-        replaced = torch.zeros_like(ids, dtype=torch.bool)
-        replaced[places] = said[real] != batch.originals[real]
-        return loss, ids.view_as(batch.ids), replaced.view_as(batch.ids)
 
     def _vectors(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Squared error of e5's vectors, mean over characters and dimensions."""

@@ -44,7 +44,6 @@ class Recipe:
     gold_every: int  # every so many batches one is of sentences with gold tags, in the last cycle
     plain_share: float = 1.0  # of the pieces in which the analyser sees no entity only this share is used
     head_factor: float = 1.0  # the heads' learning rate is so many times the encoder's
-    swaps: float = 0.0  # share of the entities that are exchanged for others
     detached: float = 0.0  # share of the first cycle in which only the heads learn
 
     @property
