@@ -27,7 +27,7 @@ WARM_UP = 3  # rounds that are not counted: products are compiled in them
 
 
 def build(tuning: str) -> Any:
-    """Return the embedded encoder with a head of 9 labels, under LoRA or with all weights trained."""
+    """Return the embedded encoder with a head of 9 labels and dropout, under LoRA or with all weights trained."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForTokenClassification
@@ -36,7 +36,12 @@ def build(tuning: str) -> Any:
     logging.set_verbosity_error()
     torch.manual_seed(0)
     model = AutoModelForTokenClassification.from_pretrained(
-        ROOT / "data" / "encoder", num_labels=9, dtype=torch.float32, attn_implementation="eager"
+        ROOT / "data" / "encoder",
+        num_labels=9,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
     )
     if tuning == "lora":
         lora = LoraConfig(

@@ -41,7 +41,6 @@ DIFFERENCES = {
     "weights scored": "main.py: a running mean of the weights (averaging); the Trainer: the last ones",
     "schedule": "main.py: a tenth of the steps warm up; the Trainer: no warm-up",
     "decoding": "main.py: Viterbi over well-formed IOB2; the Trainer: argmax",
-    "dropout": "main.py: 0.1; the Trainer: the encoder's own",
     "long sentences": "main.py: several windows; the Trainer: cut off at 512 tokens",
 }
 

@@ -73,7 +73,7 @@ class Config(_Strict):
     virtual_tokens: int = _key(10, "How many virtual tokens prompt, prefix and ptuning put before the text.", ge=1)
     max_length: int = _key(256, "Tokens in a window; a longer sentence becomes several, none is cut off.", ge=8)
     dropout: float | None = _key(
-        0.1, "Dropout of encoder and head, while training; null keeps the encoder's own.", ge=0, lt=1
+        None, "Dropout of encoder and head, while training; null: the encoder's own (data/encoder: 0).", ge=0, lt=1
     )
     weight_decay: float = _key(0.01, "AdamW's weight decay, on matrices only.", ge=0)
     warmup_ratio: float = _key(

@@ -42,6 +42,7 @@ def test_it_is_small_standard_and_in_half_precision():
         assert {str(weights.get_tensor(name).dtype) for name in names} == {"torch.float16"}
     model = AutoModelForTokenClassification.from_pretrained(FOLDER, num_labels=3)
     assert model.config.model_type == "bert" and model.num_labels == 3
+    assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0, "as it was trained"
 
 
 def test_gb2312_ascii_and_full_width_forms_are_known(tokenizer):

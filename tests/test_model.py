@@ -71,6 +71,6 @@ def test_labels_and_dropout_are_in_the_model(encoders, tmp_path):
     network, tokenizer, meta = built(encoders["bert"], "--tuning", "full", "--dropout", "0.3")
     assert network.config.id2label == dict(enumerate(LABELS)) and network.config.label2id["I-PER"] == 4
     assert {module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
-    kept = built(encoders["bert"], "--dropout", "null")[0]
+    kept = built(encoders["bert"])[0]  # dropout: null
     assert {module.p for module in kept.modules() if isinstance(module, torch.nn.Dropout)} == {0.1}
     assert set(meta) == set(meta_file.KEYS)

@@ -159,8 +159,7 @@ def make_streams(recipe: Recipe, material: Material, options: argparse.Namespace
 
 
 def write_encoder(encoder: BertModel, tokenizer: Path, folder: Path) -> None:
-    """Write a BERT folder in fp16, with the dropout of an encoder that is to be fine-tuned."""
-    encoder.config.hidden_dropout_prob = encoder.config.attention_probs_dropout_prob = 0.1
+    """Write a BERT folder in fp16, without dropout: fine-tuning is better without it too (docs/results.md)."""
     encoder.half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder / name)
