@@ -41,6 +41,7 @@ MEASUREMENTS = {
     "dropout0.1-ner_data-300": f"{NER_LORA} {SEEDS} -- --dropout 0.1 --max_train_sentences 300",
     "dropout0.1-msra": f"benchmarks/scores.py --tuning lora {SEEDS} -- --dropout 0.1",
     "dropout0.2-ner_data": f"{NER_LORA} {SEEDS} -- --dropout 0.2",
+    "epochs20-ner_data-300": f"{NER_LORA} {SEEDS} -- --epochs 20 --max_train_sentences 300",
     "epochs8-ner_data": f"{NER_LORA} full {SEEDS} {NER_EPOCHS}",
     "epochs8-ner_data-300": f"{NER_LORA} {SEEDS} {NER_EPOCHS} --max_train_sentences 300",
     "softmax-ner_data": f"{NER_LORA} {SOFTMAX_SEEDS} {NER_EPOCHS} --head softmax",
