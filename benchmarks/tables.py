@@ -7,6 +7,7 @@ Speeds are the median of the runs with the lowest and the highest, scores mean a
 """
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -94,46 +95,8 @@ def scores(chinese: bool) -> tuple[list[str], Rows]:
     return head, [row[:3] for row in score_rows(names)]
 
 
-def all_scores(chinese: bool) -> tuple[list[str], Rows]:
-    """The first table of docs/results.md: default settings."""
-    names = {
-        "scores-ner_data": "ner_data",
-        "scores-ner_data-300": "ner_data, 300 sentences",
-        "scores-msra": "MSRA, 8,000 sentences",
-        "scores-msra-all": "MSRA, all of train",
-    }
-    return SCORE_HEAD, score_rows(names)
-
-
-def comparisons(chinese: bool) -> tuple[list[str], Rows]:
-    """The second table of docs/results.md: settings compared on today's weights of the encoder."""
-    names = {
-        "dropout0.1-ner_data": "ner_data, `dropout: 0.1`",
-        "dropout0.1-ner_data-300": "ner_data, 300 sentences, `dropout: 0.1`",
-        "dropout0.1-msra": "MSRA, 8,000 sentences, `dropout: 0.1`",
-        "dropout0.2-ner_data": "ner_data, `dropout: 0.2`",
-        "epochs20-ner_data-300": "ner_data, 300 sentences, 20 epochs",
-    }
-    return SCORE_HEAD, score_rows(names)
-
-
-def earlier_comparisons(chinese: bool) -> tuple[list[str], Rows]:
-    """The third table of docs/results.md: settings compared on earlier weights of the encoder, with dropout 0.1.
-
-    encoder35-…: the default settings on the weights of then, which measure.py cannot run anew.
-    """
-    names = {
-        "encoder35-ner_data": "ner_data",
-        "encoder35-ner_data-300": "ner_data, 300 sentences",
-        "encoder35-msra": "MSRA, 8,000 sentences",
-        "epochs8-ner_data": "ner_data, 8 epochs",
-        "epochs8-ner_data-300": "ner_data, 300 sentences, 8 epochs",
-        "softmax-ner_data": "ner_data, 8 epochs, `head: softmax`",
-        "fgm-ner_data": "ner_data, 8 epochs, `adversarial: fgm`",
-        "smoothing-ner_data": "ner_data, 8 epochs, `label_smoothing: 0.1`",
-        "focal-ner_data": "ner_data, 8 epochs, `loss: focal`",
-        "softmax-msra": "MSRA, 8,000 sentences, `head: softmax`",
-    }
+def results_table(names: dict[str, str], chinese: bool) -> tuple[list[str], Rows]:
+    """A table of docs/results.md, which is in English only: the measurements that RESULTS_TABLES names for it."""
     return SCORE_HEAD, score_rows(names)
 
 
@@ -162,11 +125,38 @@ def rates(chinese: bool) -> tuple[list[str], Rows]:
     return head, rows
 
 
+# Tables of docs/results.md, each {name of a measurement: what its rows say they were trained on, and how}.
+RESULTS_TABLES = {
+    "all scores": {  # default settings
+        "scores-ner_data": "ner_data",
+        "scores-ner_data-300": "ner_data, 300 sentences",
+        "scores-msra": "MSRA, 8,000 sentences",
+        "scores-msra-all": "MSRA, all of train",
+    },
+    "comparisons": {  # settings compared on today's weights of the encoder
+        "dropout0.1-ner_data": "ner_data, `dropout: 0.1`",
+        "dropout0.1-ner_data-300": "ner_data, 300 sentences, `dropout: 0.1`",
+        "dropout0.1-msra": "MSRA, 8,000 sentences, `dropout: 0.1`",
+        "dropout0.2-ner_data": "ner_data, `dropout: 0.2`",
+        "epochs20-ner_data-300": "ner_data, 300 sentences, 20 epochs",
+    },
+    "earlier comparisons": {  # on earlier weights, with dropout 0.1
+        "encoder35-ner_data": "ner_data",  # encoder35-…: the defaults of then, which measure.py cannot run anew
+        "encoder35-ner_data-300": "ner_data, 300 sentences",
+        "encoder35-msra": "MSRA, 8,000 sentences",
+        "epochs8-ner_data": "ner_data, 8 epochs",
+        "epochs8-ner_data-300": "ner_data, 300 sentences, 8 epochs",
+        "softmax-ner_data": "ner_data, 8 epochs, `head: softmax`",
+        "fgm-ner_data": "ner_data, 8 epochs, `adversarial: fgm`",
+        "smoothing-ner_data": "ner_data, 8 epochs, `label_smoothing: 0.1`",
+        "focal-ner_data": "ner_data, 8 epochs, `loss: focal`",
+        "softmax-msra": "MSRA, 8,000 sentences, `head: softmax`",
+    },
+}
+
 TABLES: dict[str, Callable[[bool], tuple[list[str], Rows]]] = {
     "scores": scores,
-    "all scores": all_scores,
-    "comparisons": comparisons,
-    "earlier comparisons": earlier_comparisons,
+    **{table: functools.partial(results_table, names) for table, names in RESULTS_TABLES.items()},
     "methods": methods,
     "rates": rates,
     "training speed": training_speed,
