@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ner import decoding
+from ner.batches import IGNORED
 
-IGNORED = -100
 SENTENCES_AT_ONCE = 64
 FORBIDDEN = -1e4  # finite, so that a gradient of it is 0 and not undefined; exp of it is 0 in float32
 

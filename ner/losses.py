@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-IGNORED = -100
+from ner.batches import IGNORED
+
 FOCUS = 2.0  # the exponent gamma of the focal loss, the best one of Lin et al. 2017
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels) -> the summed loss, a float32 scalar
