@@ -36,7 +36,7 @@ MEASUREMENTS = {
     "scores-ner_data": f"{NER_LORA} full {SEEDS}",
     "scores-ner_data-300": f"{NER_LORA} {SEEDS} -- --max_train_sentences 300",
     "scores-msra": f"benchmarks/scores.py --tuning lora {SEEDS}",
-    "scores-msra-all": "benchmarks/scores.py --tuning lora --seeds 1 -- --max_train_sentences null --epochs 3",
+    "scores-msra-all": f"benchmarks/scores.py --tuning lora {SEEDS} -- --max_train_sentences null --epochs 3",
     "dropout0.1-ner_data": f"{NER_LORA} full {SEEDS} -- --dropout 0.1",
     "dropout0.1-ner_data-300": f"{NER_LORA} {SEEDS} -- --dropout 0.1 --max_train_sentences 300",
     "dropout0.1-msra": f"benchmarks/scores.py --tuning lora {SEEDS} -- --dropout 0.1",
