@@ -145,18 +145,10 @@ def forward_backward(training: "Training", share: "list[Window]", units: int, mi
     """Add the gradient of the loss of `share`, divided by `units`. Return the loss, summed: a float32 scalar."""
     import torch
 
-    from ner.losses import divergence
-
     total = torch.zeros((), device=training.device)
     for start in range(0, len(share), micro_batch):
         inputs, labels = training.collate(share[start : start + micro_batch])
-        if weight := training.config.rdrop:
-            twice = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
-            logits, others = training.model(**twice).logits.chunk(2)
-            loss = (training.loss(logits, labels) + training.loss(others, labels)) / 2
-            loss = loss + weight * divergence(logits, others, labels)
-        else:
-            loss = training.loss(training.model(**inputs).logits, labels)
+        loss = training.loss(training.model(**inputs).logits, labels)
         training.optimizer.backward(loss / units)
         if training.adversary:
             with training.adversary.moved():

@@ -101,10 +101,6 @@ class Config(_Strict):
     adversarial_epsilon: float = _key(
         1.0, "L2 norm of the perturbation that fgm adds to the embeddings of a window.", gt=0
     )
-    rdrop: float = _key(0.0, "Weight of R-Drop: how far two passes with other dropout may differ; 0: one pass.", ge=0)
-    layer_decay: float = _key(
-        1.0, "A layer's learning rate, in multiples of that of the layer above; 1: all alike.", gt=0, le=1
-    )
 
     special_tokens: bool = _key(True, "true: put [CLS] and [SEP] around each window, as in pretraining.")
     accumulation: int = _key(

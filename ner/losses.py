@@ -38,14 +38,3 @@ def token_loss(
     losses = functional.cross_entropy(labelled, gold, reduction="none", label_smoothing=label_smoothing)
     probability = labelled.softmax(dim=-1).gather(1, gold[:, None]).squeeze(1)
     return ((1 - probability) ** FOCUS * losses).sum()
-
-
-def divergence(logits: torch.Tensor, others: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return half the sum of the two Kullback-Leibler divergences between two passes over the same windows, summed over
-    the positions whose label is not -100 (R-Drop, Liang et al. 2021, equation 2).
-
-    logits, others: float [windows, length, labels]. labels: int64 [windows, length].
-    """
-    keep = labels != IGNORED
-    first, second = (values[keep].float().log_softmax(dim=-1) for values in (logits, others))
-    return 0.5 * ((first.exp() - second.exp()) * (first - second)).sum()

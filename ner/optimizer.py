@@ -58,15 +58,13 @@ class Optimizer:
         averaging: bool = False,
         head: Collection[str] = (),
         head_factor: float = 1.0,
-        factors: Mapping[str, float] | None = None,
         masked: Collection[str] = (),
         extra: Mapping[str, nn.Parameter] | None = None,
         extra_rate: float | None = None,
     ):
         """Take all weights of `model` that require gradients.
 
-        head: names of weights whose learning rate is `head_factor` times that of the others. factors: the same for
-        other weights, by name. masked: names of weights
+        head: names of weights whose learning rate is `head_factor` times that of the others. masked: names of weights
         whose zeros are masks, and so are zeros of the average too. extra: weights that are not the model's, by
         name, trained at the peak learning rate `extra_rate` and without weight decay.
         """
@@ -82,8 +80,7 @@ class Optimizer:
             if name in extra:
                 key = (learning_rate if extra_rate is None else extra_rate) / learning_rate, 0.0
             else:
-                factor = head_factor if name in head else (factors or {}).get(name, 1.0)
-                key = factor, weight_decay if weight.ndim > 1 else 0.0
+                key = head_factor if name in head else 1.0, weight_decay if weight.ndim > 1 else 0.0
             groups.setdefault(key, []).append(weight)
         parameters = [
             {"params": weights, "weight_decay": decay, "factor": factor} for (factor, decay), weights in groups.items()

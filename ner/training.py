@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -221,21 +220,10 @@ def build_optimizer(config: Config, model: nn.Module, crf: Crf | None = None) ->
         config.averaging,
         head=models.head_weights(model),
         head_factor=config.head_factor or 1.0,
-        factors=layer_factors(model, config.layer_decay),
         masked=adalora.masked_weights(model),
         extra={"crf.transitions": crf.transitions} if crf else {},
         extra_rate=config.crf_learning_rate,
     )
-
-
-def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
-    """Return {name: factor of its learning rate} of the weights that are trained: 1 in the highest layer, `decay` times
-    that of the layer above in each other, and in the embeddings (Howard & Ruder 2018, section 3.2)."""
-    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    layers = {name: int(match[1]) for name in names if (match := re.search(r"\.layers?\.(\d+)\.", name))}
-    highest = max(layers.values(), default=0)
-    embeddings = {name: decay ** (highest + 1) for name in names if ".embeddings." in name}
-    return embeddings | {name: decay ** (highest - layer) for name, layer in layers.items()}
 
 
 def peak_learning_rate(config: Config) -> float:
