@@ -29,23 +29,24 @@ sys.path.insert(0, str(ROOT))
 SEEDS, SOFTMAX_SEEDS = "--seeds 1 2 3 4 5", "--seeds 11 12 13 14 15"
 METHODS = "lora full dora rslora adalora ia3 bitfit freeze prompt prefix ptuning"
 NER_LORA = "benchmarks/scores.py --data ner_data --tuning lora"
+MSRA_LORA = "benchmarks/scores.py --tuning lora"
 NER_EPOCHS = "-- --epochs 8"
 
 # Name of a measurement -> its command, without `python` and `--json`.
 MEASUREMENTS = {
     "scores-ner_data": f"{NER_LORA} full {SEEDS}",
     "scores-ner_data-300": f"{NER_LORA} {SEEDS} -- --max_train_sentences 300",
-    "scores-msra": f"benchmarks/scores.py --tuning lora {SEEDS}",
-    "scores-msra-all": f"benchmarks/scores.py --tuning lora {SEEDS} -- --max_train_sentences null --epochs 3",
+    "scores-msra": f"{MSRA_LORA} {SEEDS}",
+    "scores-msra-all": f"{MSRA_LORA} {SEEDS} -- --max_train_sentences null --epochs 3",
     "dropout0.1-ner_data": f"{NER_LORA} full {SEEDS} -- --dropout 0.1",
     "dropout0.1-ner_data-300": f"{NER_LORA} {SEEDS} -- --dropout 0.1 --max_train_sentences 300",
-    "dropout0.1-msra": f"benchmarks/scores.py --tuning lora {SEEDS} -- --dropout 0.1",
+    "dropout0.1-msra": f"{MSRA_LORA} {SEEDS} -- --dropout 0.1",
     "dropout0.2-ner_data": f"{NER_LORA} {SEEDS} -- --dropout 0.2",
     "epochs20-ner_data-300": f"{NER_LORA} {SEEDS} -- --epochs 20 --max_train_sentences 300",
     "epochs8-ner_data": f"{NER_LORA} full {SEEDS} {NER_EPOCHS}",
     "epochs8-ner_data-300": f"{NER_LORA} {SEEDS} {NER_EPOCHS} --max_train_sentences 300",
     "softmax-ner_data": f"{NER_LORA} {SOFTMAX_SEEDS} {NER_EPOCHS} --head softmax",
-    "softmax-msra": f"benchmarks/scores.py --tuning lora {SEEDS} -- --head softmax",
+    "softmax-msra": f"{MSRA_LORA} {SEEDS} -- --head softmax",
     "fgm-ner_data": f"{NER_LORA} --seeds 1 2 3 {NER_EPOCHS} --adversarial fgm",
     "smoothing-ner_data": f"{NER_LORA} --seeds 11 12 13 {NER_EPOCHS} --head softmax --label_smoothing 0.1",
     "focal-ner_data": f"{NER_LORA} --seeds 11 12 13 {NER_EPOCHS} --head softmax --loss focal",
